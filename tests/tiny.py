@@ -182,8 +182,8 @@ def anew(part):
     return type(part)(**part.options())
 
 
-def asked(blora):
-    """The same, once its network was asked what it can do: its passes may now be counted."""
+def probed(blora):
+    """The same, after the network has been probed, so that its passes may be counted."""
     for num_samples in (0, 2):
         blora.predict(sequences(), num_samples)
     return blora

@@ -127,7 +127,7 @@ class Labels(tiny.LabelTokens):
         ("likelihood", Labels(token_ids=tiny.ANSWERS, num_data=12), None),
     ],
 )
-def test_a_class_of_ones_own_is_imported_if_trusted(part, made, other, tmp_path):
+def test_a_class_of_the_user_is_imported_if_trusted(part, made, other, tmp_path):
     expected = saved(tmp_path, **{part: made})
     with pytest.raises(CheckpointError, match=rf"{part}=.*or trust_remote_code=True"):
         read(tmp_path)
@@ -136,7 +136,7 @@ def test_a_class_of_ones_own_is_imported_if_trusted(part, made, other, tmp_path)
         assert torch.equal(read(tmp_path, **{part: given}), expected)
 
 
-def test_a_module_of_ones_own_on_the_adapter_is_not_lost_in_silence(tmp_path):
+def test_a_module_that_the_user_put_on_the_adapter_is_not_lost_in_silence(tmp_path):
     blora = tiny.adapted()
     blora.calibration = torch.nn.Linear(1, 1)
     blora.save_pretrained(tmp_path)
@@ -160,7 +160,7 @@ PARTIAL = functools.partial(AutoNormal, init_loc_fn=init_to_mean)
 
 
 @pytest.mark.parametrize("guide", [lambda model: AutoNormal(model), PARTIAL])
-def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
+def test_what_no_file_can_hold_must_be_passed(guide, tmp_path):
     """A lambda has no import path, and a function among the options is no JSON."""
     expected = saved(tmp_path, guide=guide)
     with pytest.raises(CheckpointError, match="pass guide= with"):
@@ -169,13 +169,13 @@ def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
 
 
 def factored(model):
-    """A guide with a Cholesky factor of its own, whose name Pyro's normals have, too."""
+    """A guide with a Cholesky factor, by a name that the normals of Pyro have, too."""
     guide = AutoNormal(model)
     guide.register_buffer("scale_tril", torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
     return guide
 
 
-def test_a_factor_of_a_guide_of_ones_own_is_read_as_it_was_saved(tmp_path):
+def test_a_factor_of_a_guide_of_the_user_is_read_as_it_was_saved(tmp_path):
     blora = tiny.adapted(net(), guide=factored)
     blora.save_pretrained(tmp_path)
     expected = blora.guide.scale_tril.clone()

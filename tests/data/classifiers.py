@@ -17,10 +17,11 @@ def relabeled(data, names):
     return data.cast_column("label", datasets.ClassLabel(names=list(names)))
 
 
-def classifier(tokenizer, names=None, **options):
+def classifier(tokenizer, names=None, num_labels=3):
     """A network, of these classes if there are any."""
+    options = {"num_labels": num_labels}
     if names is not None:
-        options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
+        options = {"num_labels": len(names), "id2label": dict(enumerate(names))}
     net = tiny.bert(**options)
     net.resize_token_embeddings(len(tokenizer))
     return net
@@ -28,8 +29,7 @@ def classifier(tokenizer, names=None, **options):
 
 def adapter(tokenizer, names=None, train=None, *, num_labels=3, collate=None, **options):
     """An adapter of such a network, after one step on the rows if there are any."""
-    net = classifier(tokenizer, names, **({} if names else {"num_labels": num_labels}))
-    blora = BayesianLoRA(net, tokenizer=tokenizer, **options)
+    blora = BayesianLoRA(classifier(tokenizer, names, num_labels), tokenizer=tokenizer, **options)
     if train is not None:
         fit(blora, train, collate=collate, num_steps=1, progress=False)
     return blora

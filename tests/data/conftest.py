@@ -19,7 +19,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def build():
-    """The function that builds a tokenizer, without special tokens if it is told of none."""
+    """The function that builds a tokenizer, without special tokens unless they are given."""
     return partial(build_tokenizer, SENTENCES)
 
 

@@ -35,10 +35,8 @@ def test_the_trainer_reads_each_data_set_by_its_own_numbers(small, forms, tmp_pa
     other = other.map(lambda row: {"label": 1 - row["label"]})
     options = {"data_collator": None, "eval_samples": 0, "max_steps": 2}
     options |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    blora, every = (
-        adapter(small, num_labels=2),
-        {"other": other, "same": data, "few": data.select([0])},
-    )
+    blora = adapter(small, num_labels=2)
+    every = {"other": other, "same": data, "few": data.select([0])}
     trainer = tiny.trainer(tmp_path, blora, data, eval_dataset=every, **options)
     trainer.train()
     losses = trainer.evaluate()
@@ -63,11 +61,8 @@ def test_the_loaders_of_a_trainer_have_the_names(
     if collator is None:
         data = data.filter(lambda row: len(row["input_ids"]) == len(data[0]["input_ids"]))
     expected = {tuple(row["input_ids"]): int("pos" in row["text"]) for row in data}
-    names = None if classes else NEG_POS
-    blora = BayesianLoRA(
-        classifier(small, names, **({} if names else {"num_labels": 2})),
-        likelihood=SequenceClassification(classes=classes),
-    )
+    net = classifier(small, None if classes else NEG_POS, num_labels=2)
+    blora = BayesianLoRA(net, likelihood=SequenceClassification(classes=classes))
     options = {"data_collator": collators[collator], "max_steps": 1}
     trainer = tiny.trainer(tmp_path, blora, data, eval_dataset=data, **options)
     for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):

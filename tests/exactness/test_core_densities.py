@@ -137,6 +137,7 @@ def planted(core):
     return next(iter(effective_ranks(blora).values())), (error.norm() / dW.norm()).item()
 
 
+@pytest.mark.slow
 def test_a_planted_rank_two_update_is_recovered():
     found = {}
     for core in ("normal", "horseshoe", "ard"):

@@ -24,17 +24,17 @@ def adapted(k, top):
 
 
 def flops_of(run):
-    """Torch's count of all but attention, with sums in place, of which it has to be told."""
+    """Torch's count of all but attention, with sums in place, for which it needs formulas."""
     aten = torch.ops.aten
-    told = {
+    formulas = {
         aten.addmm_: lambda _, a, b, *rest, **options: mm_flop(a, b),
         aten.baddbmm_: lambda _, a, b, *rest, **options: bmm_flop(a, b),
         # Of the CPU's attention releases before 2.15 count nothing by themselves
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **options: 0,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **options: 0,
     }
-    run()  # what is asked once
-    with FlopCounterMode(display=False, custom_mapping=told) as counter:
+    run()  # the network is probed once
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()
 

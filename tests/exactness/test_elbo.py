@@ -35,6 +35,10 @@ PRIORS = {
 }
 
 
+SOME = ["normal", "half-cauchy"]
+SOME += [pytest.param(name, marks=pytest.mark.slow) for name in ("hierarchical", "horseshoe")]
+
+
 def adapted(**options):
     return tiny.adapted(tiny.llama(1), num_data=N, **options)
 
@@ -65,7 +69,7 @@ def train(blora, steps=10):
     fit(blora, rows, collate=tiny.collate, num_steps=steps, batch_size=16, progress=False)
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", SOME)
 @pytest.mark.parametrize("kind", kinds())
 def test_an_autoguide(kind, prior):
     if kind == "AutoHierarchicalNormalMessenger" and prior != "normal":
@@ -138,7 +142,7 @@ def test_steps_of_a_wide_guide_stay_at_the_elbo():
 
 
 class Sharpened(guides.MeanField):
-    """The same normal, each draw a Delta that tells its density, as AutoGuides make theirs."""
+    """The same normal, each draw a Delta that carries its density, as AutoGuides make theirs."""
 
     def distribution(self):
         q = super().distribution()
@@ -147,7 +151,7 @@ class Sharpened(guides.MeanField):
 
 
 def test_a_delta_with_a_density_is_no_point():
-    """Against the same law written as a normal, whose KL has a closed form."""
+    """Against the same distribution written as a normal, whose KL has a closed form."""
     found = {}
     for family in (Sharpened, guides.MeanField):
         blora = adapted(guide=family())

@@ -82,7 +82,7 @@ def test_the_conditional_kl_is_the_published_one():
         torch.testing.assert_close(factor.sum(), -expected)
 
 
-def test_draws_of_the_update_have_the_law_of_the_two_factors():
+def test_draws_of_the_update_are_products_of_the_two_factors():
     """Mean and covariance of ``B A`` under the prior: zero, and the product of the factors' own."""
     prior = bind(FactorInducing(rank=2, conditional="exact", sigma=0.5, scale="fixed"))
     with pyro.plate("draws", 50_000, dim=-2):
@@ -111,7 +111,7 @@ class TestCorrectedDefects:
 
     @pytest.mark.parametrize("factor", [0.1, 10.0])
     def test_the_length_of_directions_does_nothing(self, factor):
-        """So that sigma alone tells the size of an update, and in proportion."""
+        """So that sigma alone sets the size of an update, and in proportion."""
         prior = bind(FactorInducing(rank=2))
         values = {prior.site(f"U_{f}"): torch.randn(N, 2, 2) for f in "AB"}
         before = pyro.poutine.condition(prior, data=values)()
@@ -125,7 +125,7 @@ class TestCorrectedDefects:
         scaled = pyro.poutine.condition(prior, data=values)()
         torch.testing.assert_close(scaled.B @ scaled.A, factor * before.B @ before.A)
 
-    def test_layers_of_one_shape_start_differently_and_seeds_tell(self):
+    def test_layers_of_one_shape_and_seeds_start_differently(self):
         torch.manual_seed(1)
         one = bind(FactorInducing(rank=2))
         assert not torch.equal(one.Z_c_A[0], one.Z_c_A[1])

@@ -50,7 +50,7 @@ def test_scores_by_hand(name, case):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETS)
-def test_the_network_is_asked_whether_it_packs(name):
+def test_the_network_is_probed_once_for_packing(name):
     net = NETS[name]()
     rows = []
     net.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(out)))
@@ -58,7 +58,7 @@ def test_the_network_is_asked_whether_it_packs(name):
     likelihood = MultipleChoice()
     for _ in range(2):
         likelihood.logits(net, batch)
-    # Asked once, packed (1 row) and not (2); then a row for each item.
+    # Probed once, packed (1 row) and not (2); then a row for each item.
     assert rows == [1, 2, len(batch["labels"]), len(batch["labels"])]
     assert likelihood.options()["pack"] is None
 

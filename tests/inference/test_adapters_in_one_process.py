@@ -1,4 +1,4 @@
-"""Each adapter is its own, whatever other adapters there are, were, and were asked."""
+"""Each adapter is its own, whatever other adapters there are, were, and have answered."""
 
 import copy
 import itertools
@@ -201,14 +201,14 @@ def test_eight_threads_get_what_one_gets_and_leave_the_network_as_it_was():
     before = [{n: t.clone() for n, t in a.net.state_dict().items()} for a in both]
     ask = questions(*both)
     expected = [question() for question in ask]
-    asked = [k % len(ask) for k in range(64)]
+    order = [k % len(ask) for k in range(64)]
     pairs = list(zip(both, (tiny.texts(), BATCH), strict=True))
     with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(ask[k]) for k in asked]
+        waiting = [pool.submit(ask[k]) for k in order]
         drawn = [pool.submit(a.log_predictive, row, 2) for a, row in pairs * 8]
         found = [future.result() for future in waiting]
         assert all(future.result().isfinite().all() for future in drawn)
-    for k, answer in zip(asked, found, strict=True):
+    for k, answer in zip(order, found, strict=True):
         assert torch.equal(answer, expected[k]), k
     for blora, state in zip(both, before, strict=True):
         net = blora.unwrap()
@@ -223,9 +223,9 @@ def test_a_training_is_as_alone_while_others_ask():
         torch.manual_seed(2)
         with ThreadPoolExecutor(4) as pool:
             training = pool.submit(tiny.train, classes)
-            asked = [pool.submit(text.log_predictive, tiny.texts(), 3) for _ in range(others)]
+            waiting = [pool.submit(text.log_predictive, tiny.texts(), 3) for _ in range(others)]
             losses = [figures["loss"] for figures in training.result().history]
-            assert all(future.result().isfinite().all() for future in asked)
+            assert all(future.result().isfinite().all() for future in waiting)
         return losses
 
     assert trained(12) == trained(0)

@@ -32,12 +32,12 @@ def test_history(weight):
         assert step["loss"] == pytest.approx(step["nll"] + weight * step["kl"] / 10, rel=1e-5)
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(1, {1}), (3, {2}), (None, {2, 4})])
-def test_the_number_of_particles_divides_the_batch(asked, expected):
-    """The largest divisor of four, or of the last two, that is at most what was asked for."""
+@pytest.mark.parametrize(("requested", "expected"), [(1, {1}), (3, {2}), (None, {2, 4})])
+def test_the_number_of_particles_divides_the_batch(requested, expected):
+    """The largest divisor of four, or of the last two, that is at most the requested number."""
     blora, seen = tiny.adapted(num_data=10), []
     blora.model.register_forward_hook(lambda _, args, updates: seen.append((args[0], updates)))
-    tiny.train(blora, num_particles=asked)  # by default one for each example
+    tiny.train(blora, num_particles=requested)  # by default one for each example
     # the last, incomplete batch is trained on
     assert sorted(len(batch["labels"]) for batch, _ in seen) == [2, 2, 4, 4, 4, 4]
     assert {updates["q_proj"].particle_shape.numel() for _, updates in seen} == expected
@@ -102,7 +102,7 @@ def test_epochs_instead_of_steps(epochs, steps):
 
 def test_validation_leaves_training_mode():
     """The first pass measures sizes; dropout is for training."""
-    blora = tiny.asked(tiny.adapted(num_data=10, guide=MeanField(init_scale=1.0)))
+    blora = tiny.probed(tiny.adapted(num_data=10, guide=MeanField(init_scale=1.0)))
     modes = []
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
     tiny.train(blora, validation=tiny.examples(3), num_steps=2, validate_every=1)
@@ -250,7 +250,7 @@ def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
 
 
 def epochs(count, rows, *, by_length=True, seed=0):
-    data = rows if by_length else ConcatDataset([rows])  # which is not asked for lengths
+    data = rows if by_length else ConcatDataset([rows])  # lengths are not read of it
     stream = Batches(data, tiny.collate, batch_size=4, seed=seed)
     per_epoch = -(-len(rows) // 4)
     drawn = [b["index"].tolist() for b in itertools.islice(stream, count * per_epoch)]

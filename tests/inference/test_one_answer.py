@@ -185,9 +185,9 @@ def test_a_batch_may_bring_a_context_of_its_own():
     data, rates = DataLoader([batch], batch_size=None), {"mean": 0.05, "direction": 0.1}
     tiny.train(blora, data, num_steps=30, learning_rates=rates, kl_weight=0.1)
     other = {**batch, "context": batch["context"].roll(1, 0)}
-    for asked, right in ((batch, labels), (other, labels.roll(1))):
+    for rows, right in ((batch, labels), (other, labels.roll(1))):
         for num_samples in (0, 20):
-            assert blora.predict(asked, num_samples).probs.gather(-1, right[:, None]).min() > 0.5
+            assert blora.predict(rows, num_samples).probs.gather(-1, right[:, None]).min() > 0.5
 
 
 def test_an_amortized_adapter_of_options_writes_text():

@@ -58,7 +58,7 @@ def test_the_mean_has_no_noise_and_one_draw_is_held(num_samples):
 )
 def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
     batch = tiny.sequences(4, 16)
-    blora, sizes = tiny.asked(tiny.adapted()), []
+    blora, sizes = tiny.probed(tiny.adapted()), []
     assert rows_of_a_pass(blora.model, batch) == 64
     assert rows_of_a_pass(blora.model, {**batch, "input_ids": torch.ones(1, 5000)}) == 1
     note = lambda _, args, inputs: sizes.append(len(inputs["input_ids"]))  # noqa: E731
@@ -70,7 +70,7 @@ def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("num_samples", [0, 2])
 def test_each_part_is_left_in_its_own_mode(training, num_samples):
-    blora, batch = tiny.asked(tiny.adapted()), tiny.sequences()
+    blora, batch = tiny.probed(tiny.adapted()), tiny.sequences()
     blora.net.train(training)
     blora.net.model.layers[0].eval()
     before = [module.training for module in blora.net.modules()]
@@ -85,7 +85,7 @@ def test_each_part_is_left_in_its_own_mode(training, num_samples):
 
 def test_between_two_passes_the_network_is_in_its_own_mode():
     """Two predictions may take turns, and the one that ends first leaves the other as it was."""
-    blora, batch, modes = tiny.asked(tiny.adapted()), tiny.sequences(), []
+    blora, batch, modes = tiny.probed(tiny.adapted()), tiny.sequences(), []
     blora.net.train()
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
     one, other = (blora.posterior.logits(batch, n, max_rows=1) for n in (1, 3))

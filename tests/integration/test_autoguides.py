@@ -20,7 +20,6 @@ from pyro.infer.autoguide import (
 from pyro.optim import ClippedAdam
 
 from pyro_blora import BayesianLoRA
-from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MatrixNormal, MeanField
 from pyro_blora.models import KroneckerInducing
 
@@ -110,17 +109,6 @@ def test_one_that_never_ran_is_the_prior_and_is_saved_as_it_starts(tmp_path):
     expected = predicted(blora)
     assert expected[1:].std(0).max() > 0
     assert torch.equal(predicted(read_again(blora, tmp_path)), expected)
-
-
-# Of the density of noise a Hessian would be that of one draw
-NOISY = {"prior": KroneckerInducing(conditional="exact"), "guide": AutoLaplaceApproximation}
-NO_PARTS = [{"guide": "AutoNormal"}, {"guide": AutoNormal(lambda batch: None)}, NOISY]
-
-
-@pytest.mark.parametrize("options", [*NO_PARTS, {"prior": KroneckerInducing}])
-def test_what_is_no_guide_or_prior(options):
-    with pytest.raises(ConfigurationError, match="must"):
-        BayesianLoRA(tiny.llama(), **options)
 
 
 def test_autolaplace_is_a_point_until_it_is_finished(tmp_path):

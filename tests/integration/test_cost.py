@@ -108,7 +108,7 @@ def test_sites_and_factorizations_do_not_grow_with_the_depth(prior, family):
 
 def test_one_pass_for_all_particles_has_the_read_positions_in_the_head():
     net, batch = tiny.llama(), tiny.sequences(8)
-    blora = tiny.asked(tiny.adapted(net))
+    blora = tiny.probed(tiny.adapted(net))
     shapes, forward = [], net.lm_head.forward  # a hook would have it read all positions
     net.lm_head.forward = lambda x: shapes.append(x.shape[:-1].numel()) or forward(x)
     tiny.elbo(8)(blora.model, blora.guide)(batch)

@@ -34,7 +34,7 @@ def test_a_flow_that_has_run_can_be_copied_and_pickled():
     assert pickle.dumps(copy.deepcopy(chain))
 
 
-def test_an_amortized_posterior_is_not_told_the_answer():
+def test_an_amortized_posterior_does_not_see_the_answer():
     """Only tokens that are scored change, and those before them are scored as before."""
     blora = tiny.adapted(guide=Amortized(), likelihood=CausalLM(num_data=4))
     tiny.shaken(blora.guide, 1.0)
