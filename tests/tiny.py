@@ -164,12 +164,13 @@ def trainer(folder, blora, rows=None, **options):
     """A silent trainer on the CPU; options are split by whom they belong to."""
     names = ("compute_metrics", "data_collator", "eval_dataset", "eval_samples")
     names += ("learning_rates", "num_particles", "processing_class", "held_out")
-    own = {name: options.pop(name) for name in names if name in options}
+    parts = {name: options.pop(name) for name in names if name in options}
     usual = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     arguments = hf.TrainingArguments(str(folder), **{**usual, **options})
-    return BayesianLoRATrainer(
-        blora, arguments, train_dataset=rows, **{"data_collator": collate, **own}
-    )
+    parts = {"train_dataset": rows, "data_collator": collate, **parts}
+    made = BayesianLoRATrainer(blora, arguments, **parts)
+    assert arguments.remove_unused_columns  # the user's own stay as they are
+    return made
 
 
 def elbo(particles=8, kind=TraceMeanField_ELBO):
