@@ -63,7 +63,7 @@ def forms(small):
         "encoded": encoded,
         "labels": encoded.rename_column("label", "labels"),
         "labels alone": ids.rename_column("label", "labels"),
-        "both columns": ids.map(lambda row: {"labels": row["label"]}),
+        "both columns": even.map(lambda row: {"labels": row["label"]}),
         "one length": even,
         "tensors": even.rename_column("label", "labels").with_format("torch"),
         "loader": loader(ids),
