@@ -43,8 +43,6 @@ class Scaled(Plain):
 
 
 class RandomScale(KroneckerInducing):
-    """A half-Cauchy scale of each layer's own."""
-
     no_start: ClassVar[str] = "its scales are random"
 
     def __init__(self, *, sigma=None, conditional="deterministic") -> None:
@@ -72,8 +70,6 @@ class Spread(SiteGuide):
 
 
 class Sloped(MultipleChoice):
-    """Scores with a slope that is learned."""
-
     roles: ClassVar[dict[str, str]] = {"slope": "likelihood"}
     held_out: ClassVar[float] = 0.0
 

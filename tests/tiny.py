@@ -199,18 +199,19 @@ def train(blora, rows=None, **options):
 def trainer(folder, blora, rows=None, **options):
     """A silent trainer on the CPU; options are split by whom they belong to."""
     names = ("compute_metrics", "data_collator", "eval_dataset", "eval_samples")
-    names += ("learning_rates", "num_particles")
-    own = {name: options.pop(name) for name in names if name in options}
+    names += ("learning_rates", "num_particles", "processing_class", "held_out")
+    parts = {name: options.pop(name) for name in names if name in options}
     usual = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     arguments = hf.TrainingArguments(str(folder), **{**usual, **options})
-    return BayesianLoRATrainer(
-        blora, arguments, train_dataset=rows, **{"data_collator": collate, **own}
-    )
+    parts = {"train_dataset": rows, "data_collator": collate, **parts}
+    made = BayesianLoRATrainer(blora, arguments, **parts)
+    assert arguments.remove_unused_columns  # the user's own stay as they are
+    return made
 
 
-def elbo(particles=8):
-    """Of particles that share out the rows."""
-    return TraceMeanField_ELBO(particles, max_plate_nesting=1, vectorize_particles=True)
+def elbo(particles=8, kind=TraceMeanField_ELBO):
+    """An ELBO of particles that share out the rows."""
+    return kind(particles, max_plate_nesting=1, vectorize_particles=True)
 
 
 def anew(part):
@@ -218,8 +219,8 @@ def anew(part):
     return type(part)(**part.options())
 
 
-def asked(blora):
-    """The same, once its network was asked what it can do: its passes may now be counted."""
+def probed(blora):
+    """The same, after the network has been probed, so that its passes may be counted."""
     for num_samples in (0, 2):
         blora.predict(sequences(), num_samples)
     return blora

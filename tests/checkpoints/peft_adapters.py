@@ -48,6 +48,5 @@ def logits(net):
 
 
 def mean_logits(blora):
-    """At the posterior mean."""
     with blora.posterior(batch=BATCH):
         return logits(blora.net)

@@ -32,7 +32,6 @@ def net(seed=0, layers=1, **options):
 
 
 def saved(folder, **parts):
-    """The mean's and the draws' probabilities of an adapter that is saved."""
     blora = tiny.adapted(net(), **parts)
     blora.guide(tiny.sequences())
     tiny.shaken(blora, 0.1)  # away from the start, where every update is zero
@@ -49,12 +48,11 @@ def read(folder, **options):
     return predicted(BayesianLoRA.from_pretrained(net(), folder, **options))
 
 
-def rewrite(folder, **parts):
-    """Other values in the header's JSON."""
-    header, tensors = read_tensors(folder / checkpoints.WEIGHTS)
+def rewrite(path, change):
+    """Writes what ``change`` makes of the header's JSON."""
+    header, tensors = read_tensors(path)
     (name,) = header.keys() - {"format"}
-    text = json.dumps(json.loads(header[name]) | parts)
-    write_tensors(folder / checkpoints.WEIGHTS, tensors, {name: text})
+    write_tensors(path, tensors, {name: json.dumps(change(json.loads(header[name])))})
 
 
 def test_what_is_read_is_what_was_saved(tmp_path):
@@ -91,11 +89,19 @@ def test_round_trip_of_a_trained_head(build, tmp_path):
 
 
 PRIOR = {"name": "KroneckerInducing", "options": {"rank": 3}}
+NEEDED = "base base_model layers modules_to_save method prior guide likelihood"
+HEADERS = [
+    lambda header: [header],
+    lambda header: {**header, "prior": PRIOR},
+    lambda header: {**header, "prior": {**PRIOR, "name": "os.system"}},
+    lambda header: {**header, "prior": {**PRIOR, "options": {"lengths": 3}}},
+    lambda header: {**header, "method": {**header["method"], "schedule": "new"}},
+    *(lambda h, key=key: {k: v for k, v in h.items() if k != key} for key in NEEDED.split()),
+]
 SPOILED = [
     lambda path: path.write_bytes(path.read_bytes()[:-1]),
     lambda path: path.unlink(),
-    lambda path: rewrite(path.parent, prior=PRIOR | {"name": "os.system"}),
-    lambda path: rewrite(path.parent, prior=PRIOR),
+    *(lambda path, change=change: rewrite(path, change) for change in HEADERS),
 ]
 
 
@@ -121,7 +127,7 @@ class Labels(tiny.LabelTokens):
         ("likelihood", Labels(token_ids=tiny.ANSWERS, num_data=12), None),
     ],
 )
-def test_a_class_of_ones_own_is_imported_if_trusted(part, made, other, tmp_path):
+def test_a_class_of_the_user_is_imported_if_trusted(part, made, other, tmp_path):
     expected = saved(tmp_path, **{part: made})
     with pytest.raises(CheckpointError, match=rf"{part}=.*or trust_remote_code=True"):
         read(tmp_path)
@@ -130,7 +136,7 @@ def test_a_class_of_ones_own_is_imported_if_trusted(part, made, other, tmp_path)
         assert torch.equal(read(tmp_path, **{part: given}), expected)
 
 
-def test_a_module_of_ones_own_on_the_adapter_is_not_lost_in_silence(tmp_path):
+def test_a_module_that_the_user_put_on_the_adapter_is_not_lost_in_silence(tmp_path):
     blora = tiny.adapted()
     blora.calibration = torch.nn.Linear(1, 1)
     blora.save_pretrained(tmp_path)
@@ -143,7 +149,8 @@ def test_nothing_is_imported_that_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     saved(tmp_path / "a", prior=own_classes.Plain())
     prior = checkpoints.read_config(tmp_path / "a")["prior"]
-    rewrite(tmp_path / "a", prior=prior | {"module": "untrusted", "name": "Mine"})
+    prior |= {"module": "untrusted", "name": "Mine"}
+    rewrite(tmp_path / "a" / checkpoints.WEIGHTS, lambda header: {**header, "prior": prior})
     with pytest.raises(CheckpointError, match="untrusted"):
         read(tmp_path / "a")
     assert "untrusted" not in sys.modules
@@ -153,7 +160,7 @@ PARTIAL = functools.partial(AutoNormal, init_loc_fn=init_to_mean)
 
 
 @pytest.mark.parametrize("guide", [lambda model: AutoNormal(model), PARTIAL])
-def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
+def test_what_no_file_can_hold_must_be_passed(guide, tmp_path):
     """A lambda has no import path, and a function among the options is no JSON."""
     expected = saved(tmp_path, guide=guide)
     with pytest.raises(CheckpointError, match="pass guide= with"):
@@ -162,13 +169,13 @@ def test_what_no_file_can_hold_is_asked_for(guide, tmp_path):
 
 
 def factored(model):
-    """A guide with a Cholesky factor of its own, whose name Pyro's normals have, too."""
+    """A guide with a Cholesky factor, by a name that the normals of Pyro have, too."""
     guide = AutoNormal(model)
     guide.register_buffer("scale_tril", torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
     return guide
 
 
-def test_a_factor_of_a_guide_of_ones_own_is_read_as_it_was_saved(tmp_path):
+def test_a_factor_of_a_guide_of_the_user_is_read_as_it_was_saved(tmp_path):
     blora = tiny.adapted(net(), guide=factored)
     blora.save_pretrained(tmp_path)
     expected = blora.guide.scale_tril.clone()

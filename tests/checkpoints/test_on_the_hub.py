@@ -25,21 +25,18 @@ def net(kind=tiny.llama, name="me/my-base"):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """What ``load_network`` is asked for; the base comes by its name."""
-    asked = []
+    calls = []
 
     def load(name, *, num_labels, dtype, head):
-        asked.append((name, num_labels, dtype))
+        calls.append((name, num_labels, dtype))
         return net(tiny.llama if num_labels is None else tiny.bert).to(dtype)
 
     monkeypatch.setattr(checkpoint, "load_network", load)
-    return asked
+    return calls
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Keeps repositories in a folder."""
-
     def upload(*, repo_id, folder_path, **_):
         shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
@@ -67,8 +64,8 @@ def test_the_base_is_loaded_by_its_name(loads, tmp_path):
     blora = tiny.adapted(net(tiny.bert).bfloat16(), target_modules=["query"], likelihood=likelihood)
     blora.save_pretrained(tmp_path)
     assert type(BayesianLoRA.from_pretrained(tmp_path).net) is type(blora.net)
-    asked = ("me/my-base", None, torch.float32)
-    assert loads == [asked, asked, ("me/my-base", 3, torch.bfloat16)]
+    base = ("me/my-base", None, torch.float32)
+    assert loads == [base, base, ("me/my-base", 3, torch.bfloat16)]
     tiny.adapted(net(name="/home/user/base")).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no name on the hub"):
         BayesianLoRA.from_pretrained(tmp_path)

@@ -20,7 +20,6 @@ from peft_adapters import BATCH, logits, mean_logits  # noqa: E402
 
 
 def moved(net, **options):
-    """An adapter away from its start."""
     if not hasattr(net, "lm_head"):
         options.setdefault("likelihood", SequenceClassification(num_data=12))
     blora = tiny.adapted(net, **{"target_modules": None, **options})
@@ -61,7 +60,6 @@ with torch.no_grad():
 
 @pytest.mark.slow
 def test_an_export_loads_in_a_process_without_this_library(tmp_path):
-    """By an auto class and PEFT."""
     blora = moved(tiny.bert())
     assert blora.distill(DataLoader([BATCH], batch_size=None)) != 1
     blora.net.save_pretrained(tmp_path / "net")
@@ -112,7 +110,6 @@ def test_exports_load_in_peft(name, tmp_path):
 
 
 def test_the_classes_of_a_classifier_are_named_beside_its_export(tmp_path):
-    """``from_peft`` takes them by itself, and a merged network has them."""
     names = ("no", "maybe", "yes")
     blora = moved(tiny.bert(), likelihood=SequenceClassification(classes=names))
     blora.export_peft(tmp_path)
@@ -141,7 +138,6 @@ def test_a_disabled_adapter_and_its_head_are_out_of_the_way():
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_a_merged_network_stands_by_itself(name, tmp_path):
-    """It gives the posterior mean's logits, and is saved, read and adapted as any other."""
     build, options = EXPORTS[name]
     blora = moved(build(), **options)
     expected = mean_logits(blora)
@@ -170,7 +166,6 @@ def test_a_part_of_a_head_is_exported_with_what_peft_saves_beside_it(name, part,
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_cannot_be_merged_stays_adapted(whole, tmp_path):
-    """A layer that PEFT saves whole, and one that has a LoRA."""
     net = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["v_proj"]))
     options = {"target_modules": ["q_proj"]}
     if whole:

@@ -36,7 +36,6 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A folder with the task ``words``."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "words").mkdir()
     for split, part in (("train", items(40, 0)), ("test", items(21, 100))):

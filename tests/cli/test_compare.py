@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from neighbors import NEIGHBORS, put, tree
 from safetensors.torch import load_file
 
 from pyro_blora.evaluation import comparison
@@ -11,8 +12,6 @@ from pyro_blora.network.pretrained import choose_precision
 
 @pytest.fixture
 def compare(run_words):
-    """Runs ``compare`` on the task ``words``; what it says, and what results.json has."""
-
     def compare(out, methods, *options, **expected):
         said = run_words("compare", out, "--methods", methods, *options, **expected)
         return "".join(said), json.loads((out / "results.json").read_text())
@@ -82,7 +81,6 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
 
 @pytest.mark.usefixtures("own_module")
 def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
-    """Classes of a user are known by their path."""
     own = ["mine:Plain+MeanField", "temperature:Subspace+mine:Spread"]
     out, short = tmp_path / "out", ["--max-steps", 2, "--rank", 3]
     _, first = compare(out, "map", "--seeds", "0", *short)
@@ -93,3 +91,21 @@ def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
     text, again = compare(out, own[0], "--seeds", "1", *short)  # fewer are shown, none lost
     assert not re.search(r"\bmap\b", text)
     assert again == document
+
+
+COMPARING = ["--methods", "lora", "--seeds", "0", "--max-steps", 1, "--max-test", 3]
+
+
+def test_neighbors_are_as_they_were_and_a_file_in_the_way_stops_it(run_words, tmp_path):
+    out = tmp_path / "out"
+    put(out, NEIGHBORS)
+    before = tree(out)
+    run_words("compare", out, *COMPARING)
+    after = tree(out)
+    assert {name: after.get(name) for name in before} == before
+    assert after.keys() - before.keys()
+    put(out := tmp_path / "taken", [*NEIGHBORS, "results.json"])
+    before = tree(out)
+    _, err = run_words("compare", out, *COMPARING, codes=(2,))
+    assert "results.json" in err
+    assert tree(out) == before

@@ -60,7 +60,6 @@ def small(monkeypatch, model_dir, tmp_path):
 
 
 def test_the_commands_run(run, model_dir):
-    """Those of the page and of ``make demo``, on a tiny network, in few steps, else as they are."""
     commands = re.findall(r"^pyro-blora (\w+) (.*)", CLI, re.MULTILINE)
     (demo,) = re.findall(r"^DEMO := ((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)
     commands.append(("compare", demo.replace("\\\n", " ")))

@@ -26,7 +26,6 @@ def section(title):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choose.md", "docs/calibration.md"])
 def test_the_figures_of_a_page_are_those_of_the_report(page):
-    """All of those in tables with a title, and those with an error in sentences."""
     text = (ROOT / page).read_text("utf-8")
     for titles, table in TABLE.findall(text):
         known = set().union(*map(section, titles.split(" + ")))

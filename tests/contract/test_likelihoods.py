@@ -113,16 +113,3 @@ def test_causal_lm_is_the_loss_of_transformers():
     torch.testing.assert_close(tiny.scored(center, batch)[1], expected.detach() / 4)
     del batch["labels"]  # the first token has no predecessor
     assert blora.likelihood.logits(blora.net, batch).shape == (4, 6, tiny.VOCABULARY)
-
-
-@pytest.mark.parametrize("make", [PACKED, APART])
-def test_an_absent_option_has_probability_zero(make):
-    batch = tiny.choices()
-    for key in ("input_ids", "attention_mask", "option_mask"):
-        batch[key] = batch[key].clone()
-        batch[key][0, 2] = 0
-    blora = tiny.adapted(likelihood=make(num_data=3))
-    samples = blora.predict(batch, 3).samples
-    assert (samples[:, 0, 2] == 0).all()
-    assert (samples[:, 1:] > 0).all()
-    assert pyro.poutine.trace(blora.model).get_trace(batch).log_prob_sum().isfinite()

@@ -14,7 +14,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import RATES, parameter_groups
 from pyro_blora.inference.loop import rate
 from pyro_blora.likelihoods import LabelTokens
-from pyro_blora.methods import METHODS, Method, get_method
+from pyro_blora.methods import METHODS, get_method
 
 
 def made(name, net=None, **options):
@@ -40,7 +40,6 @@ def test_a_method_trains_and_predicts(name):
 
 
 def rates_of(blora, **given):
-    """The rate of each parameter by its name."""
     by_id = {id(p): g["lr"] for g in parameter_groups(blora, given) for p in g["params"]}
     return {n.removesuffix("_unconstrained"): by_id[id(p)] for n, p in blora.named_parameters()}
 
@@ -66,7 +65,7 @@ def test_a_prior_brings_the_rates_that_suit_it_and_its_guide(tmp_path):
     assert rates_of(read, scale=0.5) == rates
 
 
-def test_a_role_of_ones_own_has_a_rate_or_is_asked_for_one():
+def test_a_role_of_the_user_must_have_a_rate():
     class Widths(models.KroneckerInducing):
         roles: ClassVar[dict[str, str]] = {**models.KroneckerInducing.roles, "sigma_": "width"}
 
@@ -89,7 +88,6 @@ def test_a_method_is_saved(tmp_path):
 
 
 def test_lora_is_peft_s():
-    """The record, trained by ``fit``, ends where PEFT's adapter ends from the same start."""
     peft = pytest.importorskip("peft")
     rows = tiny.examples(10)
     likelihood = LabelTokens(token_ids=tiny.ANSWERS, num_data=10)
@@ -123,23 +121,10 @@ def test_lora_is_peft_s():
     torch.testing.assert_close(blora.predict(batch, 0).probs, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "match"),
-    [
-        ("blobb", "method 'blobb' is unknown; .*blob.*KroneckerInducing"),
-        ("temperature:lora", "Only compare takes KIND:NAME"),
-        ("Subspace+Site", "guide 'Site' is unknown"),
-    ],
-)
-def test_unknown_names(name, match):
-    with pytest.raises(ConfigurationError, match=match):
+@pytest.mark.parametrize("name", ["blobb", "temperature:lora", "Subspace+Site"])
+def test_unknown_names(name):
+    with pytest.raises(ConfigurationError):
         get_method(name)
-
-
-def test_a_method_of_ones_own_is_an_object():
-    blora = made(Method("own", prior=models.Subspace(), guide=guides.Delta()), fast=False)
-    assert isinstance(blora.guide_family, guides.Delta)
-    assert not blora.likelihood.shortcuts.on
 
 
 def test_the_rank_is_that_of_the_prior_of_the_method():

@@ -28,7 +28,6 @@ def test_each_group_has_its_own():
 
 
 def test_the_posterior_is_that_of_two_adapters_side_by_side():
-    """The KL is a sum over groups, and the mean update of each group is that group's alone."""
     both = tiny.adapted(prior=PRIORS, guide=GUIDES)
     tiny.shaken(both, 0.3)
     state, kl, updates = both.state_dict(), both.kl(), both.posterior.draws(0)

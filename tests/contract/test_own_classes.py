@@ -27,8 +27,6 @@ def test_kl_is_a_number_or_none():
 
 
 class Own(Plain):
-    """The second factor under a distribution of the user's."""
-
     def forward(self):
         with self.plate():
             B = pyro.sample(self.site("B"), type(self).of(self.group.d_out, self.rank))

@@ -7,7 +7,7 @@ import pyro
 import pytest
 import tiny
 from own_classes import Plain, Spread
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from pyro_blora.guides import MeanField
 from pyro_blora.models import KroneckerInducing
@@ -30,16 +30,6 @@ for family, made in FAMILIES.items():
     parts = {"prior": Plain(), "guide": made}
     at_prior = {"starts_at_prior": family not in NO_NORMAL_AT_THE_START}
     tiny.contract(globals(), GuideContract, family, make=made, parts=parts, **at_prior)
-
-
-class Waits(TorchDispatchMode):
-    """Counts where the host waits for a number of the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero")
-        return func(*args, **(kwargs or {}))
 
 
 NOISY = KroneckerInducing(rank=2, conditional="scaled")

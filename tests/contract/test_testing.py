@@ -58,8 +58,6 @@ class Backwards(AffineTransform):
 
 
 class Stretched(Spread):
-    """A normal that starts unstretched."""
-
     roles: ClassVar[dict[str, str]] = {**Spread.roles, "stretch": "scale"}
 
     def setup(self, site):
@@ -72,7 +70,6 @@ class Stretched(Spread):
 
 
 def drawing(base, rsample, *arguments):
-    """A guide of this distribution with other draws."""
     kind = broken(base, rsample=rsample)
 
     def distribution(self):
@@ -88,12 +85,10 @@ def wider(self, *shape):
 
 
 def detached(self, *shape):
-    """The KL alone trains the scale."""
     return dist.Normal(self.loc, self.scale.detach()).rsample(*shape)
 
 
 def blind(self, net, batch):
-    """Padding is read like any token."""
     mask = torch.ones_like(batch["attention_mask"])
     return LabelTokens.logits(self, net, {**batch, "attention_mask": mask})
 

@@ -32,6 +32,10 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def row_of(item):
+    return {"question": item.question, "choices": list(item.choices), "label": item.label}
+
+
 class TestMultipleChoice:
     def test_layout(self, wrapped):
         batch = MultipleChoiceCollator(wrapped, OPTIONS)([KEY, COLOR])
@@ -74,10 +78,7 @@ class TestMultipleChoice:
             MultipleChoiceCollator(wrapped, OPTIONS, max_length=1 + longest)([KEY])
 
     def test_rows_of_one_s_own_need_neither_a_template_nor_an_id(self, wrapped):
-        rows = [
-            {"question": item.question, "choices": list(item.choices), "label": item.label}
-            for item in (KEY, COLOR)
-        ]
+        rows = [row_of(item) for item in (KEY, COLOR)]
         expected = MultipleChoiceCollator(wrapped, OPTIONS)([KEY, COLOR])
         for given in (rows, [KEY, {**rows[1], "id": "color", "level": 3}]):
             found = MultipleChoiceCollator(wrapped)(given)
@@ -89,10 +90,7 @@ class TestMultipleChoice:
 
 
 def test_rows_of_options_need_labels_in_training_alone_and_are_all_read_first(wrapped):
-    rows = [
-        {"question": item.question, "choices": list(item.choices), "label": item.label}
-        for item in (KEY, COLOR) * 3
-    ]
+    rows = [row_of(item) for item in (KEY, COLOR) * 3]
     net = tiny.llama(vocab_size=512)
     blora = BayesianLoRA(net, tokenizer=wrapped, likelihood=MultipleChoice(), rank=2)
     fit(blora, rows, num_steps=1, progress=False)
@@ -138,13 +136,6 @@ def words(wrapped):
     return LabelTokensCollator(wrapped, LABELS)
 
 
-def test_label_words_have_the_order_of_the_choices(words):
-    assert words([film(("negative", "positive"))])["labels"].tolist() == [0]
-    for wrong in (("positive", "negative"), ("positive", "bad")):
-        with pytest.raises(DataError, match=r"'film'.*one for each of the label words.*reorder"):
-            words([film(wrong)])
-
-
 def test_letters_name_places_whatever_the_choices_are():
     letters = Template("Question: {q}\nAnswer:", "labels", (" A", " B"))
     found = LabelTokensCollator(build_tokenizer([": A B A B"] * 3), letters)
@@ -154,8 +145,9 @@ def test_letters_name_places_whatever_the_choices_are():
 
 def test_all_items_have_the_same_choices(words):
     """Words of which no choice is one, as those of BoolQ, cannot tell the order."""
-    with pytest.raises(DataError, match="'film'"):
-        words([film(("positive", "bad"))])  # which is not remembered
+    for wrong in (("positive", "negative"), ("positive", "bad")):  # which is not remembered
+        with pytest.raises(DataError, match=r"'film'.*one for each of the label words.*reorder"):
+            words([film(wrong)])
     words([film(("bad", "good")), film(("Bad", "Good"))])
     with pytest.raises(DataError, match=r"'next'.*expected those of all items"):
         words([film(("good", "bad"), name="next")])
@@ -174,14 +166,12 @@ def test_a_tokenizer_that_begins_each_text_with_a_space_of_its_own():
     assert batch["input_ids"][batch["option_mask"]].tolist() == [4, 5]
 
 
-@pytest.mark.parametrize(("question", "told"), [("a", "an option"), ("?", "of the prompt")])
-def test_text_of_which_the_tokenizer_makes_nothing_is_refused(question, told):
+@pytest.mark.parametrize(("choices", "question"), [(("a", "?"), "a"), (("a", "b"), "?")])
+def test_text_of_which_the_tokenizer_makes_nothing_is_refused(choices, question):
     tokenizer = Tokenizer(BPE(vocab={"a": 0, "b": 1}, merges=[]))  # drops all other letters
-    collate = MultipleChoiceCollator(
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer), Template("{q}", "options")
-    )
-    choices = ("a", "?") if question == "a" else ("a", "b")
-    with pytest.raises(DataError, match=told):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    collate = MultipleChoiceCollator(tokenizer, Template("{q}", "options"))
+    with pytest.raises(DataError, match=r"an option|of the prompt"):
         collate([Item("x", question, choices, 0)])
 
 
@@ -189,17 +179,13 @@ def test_text_of_which_the_tokenizer_makes_nothing_is_refused(question, told):
 def test_a_chat_template_s_start_is_not_written_twice(build, eos):
     """Llama's, Gemma's and Mistral's tokenizers add BOS to a text that has it already."""
     tokenizer = build(bos="<s>", eos=eos, pad=None if eos else "<pad>")
-    chat = "<s>Question: What color is grass?"
-    start, words = tokenizer.bos_token_id, tokenizer(" red", add_special_tokens=False)["input_ids"]
-    plain = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    chat, start = "<s>Question: What color is grass?", tokenizer.bos_token_id
+    plain = ids(tokenizer, chat)
     assert plain.count(start) == 1
-    rows = TextCollator(tokenizer)([{"prompt": chat, "completion": " red"}])
-    end = [] if eos is None else [tokenizer.eos_token_id]
-    assert rows["input_ids"][0].tolist() == plain + words + end
-    whole = TextCollator(tokenizer)([{"text": chat + " red"}])
-    assert whole["input_ids"][0].tolist() == plain + words + end
-    template = Template("<s>{q}", "options")
-    item = {"question": "Question: What color is grass?", "choices": ["red", "green"], "label": 1}
+    expected = plain + ids(tokenizer, " red") + ([] if eos is None else [tokenizer.eos_token_id])
+    for row in ({"prompt": chat, "completion": " red"}, {"text": chat + " red"}):
+        assert TextCollator(tokenizer)([row])["input_ids"][0].tolist() == expected
+    template, item = Template("<s>{q}", "options"), {**row_of(COLOR), "question": chat[3:]}
     options = MultipleChoiceCollator(tokenizer, template)([item])
     assert options["input_ids"][0, 0][: len(plain)].tolist() == plain
     cut = MultipleChoiceCollator(tokenizer, template, max_length=8)([item])["input_ids"][0, 0]
@@ -218,23 +204,21 @@ def test_a_long_completion_keeps_its_prompt_and_loses_its_end(build):
     for prompt, completion, before in ((short, long, 3), (long, short, 5), (long, long, 4)):
         with pytest.warns(UserWarning, match="is cut to max_length=8"):
             batch = collate([{"prompt": prompt, "completion": f" {completion}"}])
-        ids, labels = batch["input_ids"][0], batch["labels"][0]
-        assert len(ids) == 8
+        row, labels = batch["input_ids"][0], batch["labels"][0]
+        assert len(row) == 8
         assert (labels == -100).sum() == before
-        assert ids[0] == tokenizer.bos_token_id
-        of_prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert ids[1:before].tolist() == of_prompt[-(before - 1) :]
+        assert row[0] == tokenizer.bos_token_id
+        assert row[1:before].tolist() == ids(tokenizer, prompt)[-(before - 1) :]
         read = tokenizer.decode(labels[before : before + 3], skip_special_tokens=True)
         assert completion.startswith(read.strip())
 
 
 def test_an_end_that_a_chat_template_has_written_stays(build):
     tokenizer = build(bos="<s>", eos="</s>", pad="<pad>")
-    found = TextCollator(tokenizer)([{"prompt": "a film</s>", "completion": "green"}])
-    expected = tokenizer("a film</s>", add_special_tokens=False)["input_ids"]
-    prompt = found["input_ids"][0][found["labels"][0] == -100].tolist()
-    assert prompt == [tokenizer.bos_token_id, *expected]
-    assert expected[-1] == tokenizer.eos_token_id
+    batch = TextCollator(tokenizer)([{"prompt": "a film</s>", "completion": "green"}])
+    prompt = batch["input_ids"][0][batch["labels"][0] == -100].tolist()
+    assert prompt == [tokenizer.bos_token_id, *ids(tokenizer, "a film</s>")]
+    assert prompt[-1] == tokenizer.eos_token_id
 
 
 def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):

@@ -20,6 +20,10 @@ class Stream(data.IterableDataset):
         yield from ROWS
 
 
+def sampled(sampler):
+    return data.DataLoader(ROWS, 4, sampler=sampler)
+
+
 TABLE = datasets.Dataset.from_list([{"a": 1}] * 7)
 PLACES = data.BatchSampler(data.SubsetRandomSampler(range(8)), 4, False)
 SIZES = {
@@ -31,19 +35,10 @@ SIZES = {
     "a part of datasets": (data.Subset(TABLE, [1, 2]), 2),
     "a loader": (data.DataLoader(ROWS, 4, shuffle=True), 20),
     "a loader of a part": (data.DataLoader(PART, 4), 6),
-    "a loader of some places": (
-        data.DataLoader(ROWS, 4, sampler=data.SubsetRandomSampler(range(5))),
-        5,
-    ),
+    "a loader of some places": (sampled(data.SubsetRandomSampler(range(5))), 5),
     # of the whole set in the course of the epochs
-    "some at a time": (
-        data.DataLoader(ROWS, 4, sampler=data.RandomSampler(ROWS, num_samples=5)),
-        20,
-    ),
-    "weighted rows": (
-        data.DataLoader(ROWS, 4, sampler=data.WeightedRandomSampler([1.0] * 20, 50)),
-        20,
-    ),
+    "some at a time": (sampled(data.RandomSampler(ROWS, num_samples=5)), 20),
+    "weighted rows": (sampled(data.WeightedRandomSampler([1.0] * 20, 50)), 20),
     "batches of places": (data.DataLoader(ROWS, batch_sampler=PLACES), 8),
     "a loader of ready batches": (data.DataLoader([tiny.sequences()], batch_size=None), None),
     "a stream": (data.DataLoader(Stream(), 4), None),

@@ -6,8 +6,7 @@ import datasets
 import pandas
 import pytest
 import tiny
-from torch.utils.data import Subset
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
@@ -15,8 +14,6 @@ from pyro_blora.data.tables import read_table
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import (
-    ClassificationCollator,
-    MultipleChoice,
     SequenceClassification,
     TextCollator,
 )
@@ -42,17 +39,16 @@ def small(wrapped):
     return adapter
 
 
-def first_labels(blora, rows, count=2):
-    data, collate = blora.reading(rows)
-    return collate([data[k] for k in range(count)])["labels"].tolist()
-
-
 def test_a_file_is_read_row_by_row_and_its_name_is_no_pattern(tmp_path):
-    pandas.DataFrame(ROWS[:6]).to_csv(tmp_path / "a[1].csv", index=False)
-    pandas.DataFrame(ROWS[:3]).to_csv(tmp_path / "a1.csv", index=False)
-    assert len(read_table(tmp_path / "a[1].csv")) == 6
-    (tmp_path / "a.jsonl").write_text('{"question": "a ?", "answer": "b"}\n')  # without choices
-    assert read_table(tmp_path / "a.jsonl") == [{"question": "a ?", "answer": "b"}]
+    """Words such as "None" are texts, and questions need not have a right answer."""
+    for name, count in (("a[1].csv", 6), ("a1.csv", 3)):
+        rows = [{"text": text, "text_pair": "NA", "label": "null"} for text in ("None", "a", "b")]
+        pandas.DataFrame((2 * rows)[:count]).to_csv(tmp_path / name, index=False)
+        assert list(read_table(tmp_path / name)) == (2 * rows)[:count]
+    lines = [{"question": "a ?", "answer": "b"}], [{"question": "is it", "choices": ["yes", "no"]}]
+    for rows in lines:
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert read_table(tmp_path / "a.jsonl") == rows
 
 
 def test_every_form_of_a_table_is_the_same_task_and_the_same_batches(tmp_path, small, wrapped):
@@ -75,46 +71,7 @@ def test_every_form_of_a_table_is_the_same_task_and_the_same_batches(tmp_path, s
     assert (len(whole.train) + len(whole.validation), len(whole.test)) == (12, 12)
 
 
-def test_a_single_table_is_split_alike_for_every_seed():
-    rows = [{**ROWS[k % 12], "text": f"film {k}"} for k in range(60)]
-    tasks = [load_task(rows, seed=seed) for seed in (0, 1)]
-    assert tasks[0].test == tasks[1].test
-    assert tasks[0].train != tasks[1].train
-    assert 6 <= len(tasks[0].test) <= 18
-    ids = [i.id for part in (tasks[0].train, tasks[0].validation, tasks[0].test) for i in part]
-    assert len(set(ids)) == 60
-    more = load_task([{**ROWS[0], "text": f"more {k}"} for k in range(20)] + rows)
-    learned = {item.question for item in (*tasks[0].train, *tasks[0].validation)}
-    assert not learned & {item.question for item in more.test}  # the file has grown since
-
-
-def test_names_of_classes_are_the_network_s_or_the_data_s(small, wrapped, tmp_path):
-    """A network whose names are in another order keeps its order."""
-    reverse = {"config": {"id2label": {0: "funny", 1: "dull"}}}
-    numbered = datasets.Dataset.from_list(ROWS).class_encode_column("label")  # dull is 0
-    for form in (ROWS, numbered, Subset(numbered, range(12)), numbered.with_format("torch")):
-        assert first_labels(small(**reverse), form) == [1, 0]
-    items = load_task(ROWS).test  # whose choices are sorted
-    found = [("funny", "dull")[k] for k in first_labels(small(**reverse), items, len(items))]
-    assert found == [item.choices[item.label] for item in items]
-    blora = small(config={"id2label": UNNAMED})
-    fit(blora, ROWS, num_steps=2, progress=False)
-    assert blora.likelihood.num_data == 12
-    blora.save_pretrained(tmp_path)
-    again = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, tokenizer=wrapped)
-    assert again.likelihood.classes == WORDS
-    texts = [row["text"] for row in ROWS[:5]]
-    by_hand = again.predict(wrapped(texts, padding=True, return_tensors="pt"), 0).samples
-    for rows in (texts, ROWS[:5]):
-        assert again.predict(rows, 0).samples.equal(by_hand)
-    _, labels = again.predict_dataset(ROWS[1::2], num_samples=0, progress=False)  # one class
-    assert labels.tolist() == [1] * 6
-    with pytest.raises(DataError):
-        again.predict_dataset([{"text": "a", "label": "long"}], progress=False)
-
-
-def test_a_class_keeps_its_name_in_tables_that_number_the_classes_apart(small, wrapped):
-    """Two splits of a data set may have encoded their labels by themselves."""
+def test_a_class_keeps_its_name_in_splits_that_number_the_classes_apart():
     names = ("cold", "warm", "wet")
     rows = [{"text": f"was {names[k % 3]}", "label": names[k % 3]} for k in range(12)]
     train, test = (
@@ -125,12 +82,16 @@ def test_a_class_keeps_its_name_in_tables_that_number_the_classes_apart(small, w
     task = load_task(datasets.DatasetDict(train=train, test=test))
     for item in (*task.train, *task.test):
         assert item.question == f"was {item.choices[item.label]}"
-    blora = small()
-    fit(blora, train, num_steps=1, progress=False)
-    for form in (test, test.map(lambda row: dict(wrapped(row["text"]))), rows[1:3]):
-        assert first_labels(blora, form) == [1, 2]
-    digits = [{"text": "a film", "label": str(k % 3)} for k in range(6)]
-    assert first_labels(small(), digits, 6) == [0, 1, 2] * 2
+
+
+def test_a_single_table_is_split_alike_for_every_seed():
+    rows = [{**ROWS[k % 12], "text": f"film {k}"} for k in range(60)]
+    tasks = [load_task(rows, seed=seed) for seed in (0, 1)]
+    assert tasks[0].test == tasks[1].test
+    assert tasks[0].train != tasks[1].train
+    assert 6 <= len(tasks[0].test) <= 18
+    ids = [i.id for part in (tasks[0].train, tasks[0].validation, tasks[0].test) for i in part]
+    assert len(set(ids)) == 60
 
 
 def test_items_of_numbered_classes_are_distilled_without_labels(small):
@@ -141,7 +102,6 @@ def test_items_of_numbered_classes_are_distilled_without_labels(small):
 
 
 def test_encoded_rows_lose_the_columns_that_no_one_takes(small, wrapped, tmp_path):
-    """As under transformers' Trainer, by a collator of the user's or by the tokenizer alone."""
     rows = [{**row, **wrapped(row["text"]), "idx": 7} for row in NUMBERED]
     labels = [row["label"] for row in rows]
     blora = small(likelihood=SequenceClassification(num_data=12))
@@ -150,20 +110,14 @@ def test_encoded_rows_lose_the_columns_that_no_one_takes(small, wrapped, tmp_pat
     for collate in (pad, None):
         data, made = blora.reading(datasets.Dataset.from_list(rows), collate)
         batch = made([data[k] for k in range(12)])
-        assert {k: v.tolist() for k, v in batch.items()} == {
-            k: v.tolist() for k, v in expected.items()
-        }
+        assert tiny.equal(batch, expected)
     blora.net.config.id2label = {0: "dull", 1: "funny", 2: "long"}
     strings = [{**row, "label": WORDS[row["label"]]} for row in rows]
     data, made = blora.reading(strings, pad)  # whose labels no tensor can hold
     assert made(data)["labels"].tolist() == labels
     fit(blora, rows, num_steps=2, progress=False)
-    trainer = tiny.BayesianLoRATrainer(
-        blora,
-        TrainingArguments(str(tmp_path), max_steps=1, report_to=[], dataloader_pin_memory=False),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=wrapped,
-    )
+    table, options = datasets.Dataset.from_list(rows), {"data_collator": None, "max_steps": 1}
+    trainer = tiny.trainer(tmp_path, blora, table, processing_class=wrapped, **options)
     batch = trainer.data_collator([trainer.train_dataset[0]])
     assert set(batch) == {*wrapped("a"), "labels"}
     trainer.train()
@@ -189,8 +143,7 @@ def test_text_and_completions_are_scored_as_by_transformers(small, wrapped):
         by_hand.append({"input_ids": before + after, "labels": [-100] * len(before) + after})
     rows, collate = blora.reading(pairs)
     found, expected = collate(rows), DataCollatorForSeq2Seq(wrapped)(by_hand)
-    for key in ("input_ids", "labels", "attention_mask"):
-        assert found[key].tolist() == expected[key].tolist(), key
+    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
     with pytest.warns(UserWarning, match="is cut to max_length=3"):
         long = TextCollator(wrapped, max_length=3)(pairs)
     assert long["input_ids"].shape[1] == 3
@@ -198,8 +151,6 @@ def test_text_and_completions_are_scored_as_by_transformers(small, wrapped):
 
 
 GOOD = {"prompt": "a", "completion": " film"}
-
-
 TEXTS = [[{"instruction": "a", "response": "b"}], [{"prompt": "a"}], ROWS, iter([GOOD])]
 TEXTS += [[GOOD, {**GOOD, "completion": None}], [{**GOOD, "label": 1, "text": "b"}]]
 CLASSES = [[{"review": "a", "label": 0}], [ROWS[0], {"text": None, "label": 0}], {"train": ROWS}]
@@ -218,35 +169,7 @@ def test_rows_that_cannot_be_used_are_refused_before_the_first_step(kind, rows, 
     assert tiny.equal(tiny.trained(blora), before)
 
 
-def test_a_language_model_reads_options_by_its_tokenizer(small):
-    options = [{"question": "which color", "choices": ["red", "blue"], "label": 1}] * 2
-    blora = small(tiny.llama, target_modules=["q_proj"], likelihood=MultipleChoice())
-    fit(blora, options, num_steps=1, held_out=0.0, progress=False)
-    with pytest.raises(ConfigurationError, match="must have a tokenizer"):
-        fit(tiny.adapted(), ROWS, num_steps=1)
-
-
-def test_a_classifier_reads_pairs_and_rows_without_labels(wrapped):
-    both = ClassificationCollator(wrapped, WORDS)([{"text": "a film", "text_pair": "funny"}])
-    assert both["input_ids"].tolist() == [wrapped("a film", "funny")["input_ids"]]
-    assert "labels" not in both
-
-
-def test_words_such_as_none_are_texts_in_a_file_too(tmp_path):
-    rows = [{"text": text, "text_pair": "NA", "label": "null"} for text in ("None", "a film")]
-    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
-    assert list(read_table(tmp_path / "a.csv")) == rows
-
-
-def test_questions_without_a_right_answer_may_be_json_lines(tmp_path):
-    rows = [{"question": f"is it {k}", "choices": ["yes", "no"]} for k in range(3)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_table(tmp_path / "a.jsonl") == rows
-
-
 def test_an_id_may_be_a_number(tmp_path):
-    rows = [
-        {"id": k, "question": f"is it {k}", "choices": ["yes", "no"], "label": 0} for k in (7, 8)
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    item = {"question": "is it", "choices": ["yes", "no"], "label": 0}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": k, **item}) for k in (7, 8)))
     assert [item.id for item in load_task({"test": tmp_path / "a.jsonl"}).test] == ["7", "8"]

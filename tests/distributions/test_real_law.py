@@ -18,15 +18,15 @@ def coupled():
     return CoupledNormal(loc.requires_grad_(), scale, factor)
 
 
-def dense(law, layers=N):
+def dense(q, layers=N):
     """The normal of all entries of the first arrays."""
-    factor = law.layer_scale_tril[:layers, :layers].contiguous()
-    scale_tril = torch.kron(factor, torch.diag(law.scale.flatten()))
-    return dist.MultivariateNormal(law.loc[:layers].flatten(), scale_tril=scale_tril)
+    factor = q.layer_scale_tril[:layers, :layers].contiguous()
+    scale_tril = torch.kron(factor, torch.diag(q.scale.flatten()))
+    return dist.MultivariateNormal(q.loc[:layers].flatten(), scale_tril=scale_tril)
 
 
 def test_a_coupled_normal_is_the_dense_one_array_by_array(coupled):
-    """By the chain rule, its first entries sum to the law of the first arrays."""
+    """By the chain rule, its first entries sum to the distribution of the first arrays."""
     drawn, entropy = coupled.rsample(), coupled.entropy()
     for value in (drawn, drawn.clone(), torch.randn(N, *EVENT).double()):  # by noise, by solving
         log_prob = coupled.log_prob(value)
@@ -58,14 +58,14 @@ def mixture():
 
 
 def test_a_mixture_has_the_density_and_the_moments_of_its_sum(mixture):
-    law, locs, scales = mixture
-    value = law.rsample((DRAWS,)).detach()
+    q, locs, scales = mixture
+    value = q.rsample((DRAWS,)).detach()
     each = dist.Normal(locs, scales).log_prob(value[:50].unsqueeze(2)).sum((-2, -1))
-    torch.testing.assert_close(law.log_prob(value[:50]), each.logsumexp(-1) - math.log(K))
+    torch.testing.assert_close(q.log_prob(value[:50]), each.logsumexp(-1) - math.log(K))
     mean = locs.mean(1)
     variance = (scales.square() + locs.square()).mean(1) - mean.square()
-    torch.testing.assert_close(law.mean, mean)
-    torch.testing.assert_close(law.variance, variance)
+    torch.testing.assert_close(q.mean, mean)
+    torch.testing.assert_close(q.variance, variance)
     for layer in range(N):  # one component is taken for a whole array, and for each layer its own
         flat, shifts = value[:, layer].flatten(1), (locs - mean.unsqueeze(1))[layer].flatten(1)
         within = torch.diag(scales[layer].square().mean(0).flatten())
@@ -77,7 +77,7 @@ def test_a_mixture_has_the_density_and_the_moments_of_its_sum(mixture):
 
 def test_draws_of_a_mixture_have_the_gradient_of_the_expectation(mixture):
     """``E sin x = exp(-s^2 / 2) sin m`` for each component."""
-    law, locs, scales = mixture
-    found = torch.autograd.grad(law.rsample((DRAWS,)).sin().mean(0).sum(), (locs, scales))
+    q, locs, scales = mixture
+    found = torch.autograd.grad(q.rsample((DRAWS,)).sin().mean(0).sum(), (locs, scales))
     exact = ((-scales.square() / 2).exp() * locs.sin()).mean(1).sum()
     torch.testing.assert_close(found, torch.autograd.grad(exact, (locs, scales)), atol=0.01, rtol=0)

@@ -23,19 +23,23 @@ from pyro_blora.scores import evaluate, item_scores
 
 WORDS = ("cold", "warm", "wet")
 MINE = Method("mine", prior=Subspace(rank=2), guide=MeanField())
+SHORT = {"seeds": [0], "num_steps": 2, "num_samples": 2, "progress": False}
 ROWS = [{"text": f"it was {WORDS[k % 3]} and {k}", "label": WORDS[k % 3]} for k in range(60)]
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """The folder of a tiny BERT without a head."""
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = build_tokenizer([row["text"] for row in ROWS], bos="<s>", eos="</s>", pad="<pad>")
+    folder, tokenizer, net = tmp_path_factory.mktemp("bert"), tokenizer_of(), tiny.bert()
     tokenizer.save_pretrained(folder)
-    net = tiny.bert()
     net.resize_token_embeddings(len(tokenizer))
     net.bert.save_pretrained(folder)
     return folder
+
+
+def tokenizer_of(texts=None):
+    texts = [row["text"] for row in ROWS] if texts is None else texts
+    return build_tokenizer(texts, bos="<s>", eos="</s>", pad="<pad>")
 
 
 def row(method, seed, probs, labels):
@@ -45,7 +49,6 @@ def row(method, seed, probs, labels):
 
 
 def test_differences_are_paired_and_twice_their_error_covers_95_percent():
-    """By Monte Carlo, where both items and three seeds matter."""
     torch.manual_seed(0)
     labels = torch.zeros(80, dtype=torch.long)
     found, errors = [], []
@@ -82,17 +85,19 @@ def test_a_column_has_the_values_of_all_seeds():
 def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
     """A row trained alone is the same, and a head of one seed is the same for every method."""
     names = ["lora", "temperature:lora", "bayesian-lora", "mine", "point", "mean:mine"]
-    own = [MINE, Method("point", Subspace(rank=2), Delta())]
-    how = {"own": own, "num_steps": 4, "num_samples": 3, "target_modules": ["query"]}
-    how |= {"max_validation": 9, "seeds": (0, 1), "batch_size": 6, "progress": False}
-    seen = []
-    table = compare(str(encoder), ROWS, names, **how, out=tmp_path, callback=seen.append)
+    parts = {"own": [MINE, Method("point", Subspace(rank=2), Delta())], "batch_size": 6}
+    seen, task = [], load_task(ROWS, max_validation=9)
+
+    def run(names=names, num_steps=4, **options):
+        options |= {"max_validation": 9, "target_modules": ["query"], "progress": False, **parts}
+        options |= {"seeds": (0, 1), "num_samples": 3, "num_steps": num_steps}
+        return compare(str(encoder), ROWS, names, **options)
+
+    table = run(out=tmp_path, callback=seen.append)
     assert [(r.method, r.seed) for r in table.rows] == [(n, s) for n in names for s in (0, 1)]
     assert sorted(map(id, seen)) == sorted(map(id, table.rows))
-    task = load_task(ROWS, max_validation=9)
     assert {(r.n_train, r.n_test) for r in table.rows} == {(len(task.train), len(task.test))}
-    alone = compare(str(encoder), ROWS, ["mine"], **how)
-    for one, other in zip(alone.rows, table.by_method()["mine"], strict=True):
+    for one, other in zip(run(["mine"]).rows, table.by_method()["mine"], strict=True):
         torch.testing.assert_close(one.probs, other.probs, atol=0, rtol=0)
     assert [r.passes for r in table.rows[::2]] == [1, 1, 3, 3, 1, 1]
     by = [row.temperature_by for row in table.rows[::2]]
@@ -107,32 +112,29 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
     assert len(table.plot().axes) >= len(names)
     with pytest.raises(ConfigurationError, match="reference must be one of"):
         table.differences("nothing")
-    assert str(compare(str(encoder), ROWS, names, **how, out=tmp_path)) == text
+    assert str(run(out=tmp_path)) == text
     for one in table.rows:  # the table's columns are those of its differences
         means = [one.metrics[name] for name in ("nll", "brier", "ece")]
         assert means == item_scores(one.probs, one.labels).mean(1).tolist()
     with pytest.raises(ConfigurationError, match="another num_steps"):
-        compare(str(encoder), ROWS, names, **{**how, "num_steps": 5}, out=tmp_path)
+        run(out=tmp_path, num_steps=5)
 
 
 def test_questions_out_of_scope_have_a_column_and_a_row_that_learned_nothing_a_mark(encoder):
     outside = ["who are you", "what is it", *(f"and {k}" for k in range(20))]
-    how = {"seeds": [0], "num_steps": 4, "progress": False}
-    found = compare(str(encoder), ROWS, ["lora", "mean-field"], outside=outside, **how)
-    rows = {row.method: row for row in found.rows}
-    assert list(rows["mean-field"].auroc) == ["entropy", "mutual_information"]
-    assert list(rows["lora"].auroc) == ["entropy"]  # of a point
-    columns = found.columns()
-    assert (
-        columns["AUROC % out of scope, entropy"][0] == f"{100 * rows['lora'].auroc['entropy']:.1f}"
-    )
+    table = compare(str(encoder), ROWS, ["lora", "mean-field"], outside=outside, **SHORT)
+    lora, field = table.rows
+    assert list(field.auroc) == ["entropy", "mutual_information"]
+    assert list(lora.auroc) == ["entropy"]  # of a point
+    columns = table.columns()
+    assert columns["AUROC % out of scope, entropy"][0] == f"{100 * lora.auroc['entropy']:.1f}"
     assert columns["AUROC % out of scope, mutual information"][0] == ""
-    for each in rows.values():
+    for each in (lora, field):
         gap = each.probs.amax(-1) - (each.probs.argmax(-1) == each.labels).double()
         assert each.metrics.gap == pytest.approx(float(gap.mean()), abs=1e-6)
-    assert columns["gap %"] == [f"{100 * each.metrics.gap:+.1f}" for each in rows.values()]
-    rows["lora"].has_learned = False
-    assert found.columns()["method"] == ["lora (has not learned)", "mean-field"]
+    assert columns["gap %"] == [f"{100 * each.metrics.gap:+.1f}" for each in (lora, field)]
+    lora.has_learned, field.has_learned = False, True
+    assert table.columns()["method"] == ["lora (has not learned)", "mean-field"]
     task = load_task(ROWS)
     for data in (outside, [{"text": text} for text in outside]):
         items = task.outside(data)
@@ -144,25 +146,25 @@ def test_questions_out_of_scope_have_a_column_and_a_row_that_learned_nothing_a_m
 
 def test_other_weights_or_tokenizers_of_the_same_name_are_not_taken_for_these(encoder, tmp_path):
     folder, out = tmp_path / "network", tmp_path / "out"
+
+    def run(*names):
+        return compare(str(folder), ROWS, names, out=out, **SHORT)
+
     shutil.copytree(encoder, folder)
-    how = {"num_steps": 2, "seeds": [0], "num_samples": 2, "out": out, "progress": False}
-    first = compare(str(folder), ROWS, ["lora"], **how)
-    before = (out / "results.json").read_bytes()
+    first, before = run("lora"), (out / "results.json").read_bytes()
     shutil.copytree(encoder, folder, dirs_exist_ok=True)  # the same once more
     (folder / "README.md").write_text("More words.")
-    again = compare(str(folder), ROWS, ["lora"], **how)
-    assert again.rows[0].train_seconds == first.rows[0].train_seconds
+    assert run("lora").rows[0].train_seconds == first.rows[0].train_seconds
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if "query.weight" in name)
     tensors[name] = tensors[name] + 1e-6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigurationError, match=r"another model\.safetensors;"):
-        compare(str(folder), ROWS, ["lora"], **how)
+        run("lora")
     shutil.copytree(encoder, folder, dirs_exist_ok=True)
-    other = build_tokenizer([r["text"][::-1] for r in ROWS], bos="<s>", eos="</s>", pad="<pad>")
-    other.save_pretrained(folder)
+    tokenizer_of([row["text"][::-1] for row in ROWS]).save_pretrained(folder)
     with pytest.raises(ConfigurationError, match=r"another tokenizer\.json"):
-        compare(str(folder), ROWS, ["lora", "map"], **how)
+        run("lora", "map")
     assert (out / "results.json").read_bytes() == before
 
 
@@ -189,73 +191,57 @@ def test_options_that_would_not_be_obeyed_are_refused_first(
 
 
 @pytest.mark.filterwarnings("ignore:The adapter has not learned")
-def test_a_network_of_ones_own_is_given_back(encoder):
-    net, tokenizer = tiny.bert(), build_tokenizer([r["text"] for r in ROWS], pad="<pad>")
-    net.resize_token_embeddings(len(tokenizer))
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    table = compare((net, tokenizer), ROWS, ["map", "lora"], num_steps=2, seeds=[3], progress=False)
-    assert [row.seed for row in table.rows] == [3, 3]
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert not any(module._forward_hooks for module in net.modules())
-
-
-def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(encoder, tmp_path):
-    how = {"num_steps": 2, "num_samples": 2, "seeds": [0], "progress": False}
-    tokenizer = build_tokenizer([r["text"] for r in ROWS], pad="<pad>")
-    nets = []
+def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(tmp_path):
+    """A network of the user's own is given back as it was."""
+    tokenizer, nets = tokenizer_of(), []
     for seed in (0, 1):
         torch.manual_seed(seed)
         nets.append(tiny.bert())
         nets[-1].resize_token_embeddings(len(tokenizer))
 
     def run(net=nets[0], rows=ROWS, names=("mine",), tokenizer=tokenizer, **options):
-        options = {"out": tmp_path, "own": [MINE], **how, **options}
+        options = {"out": tmp_path, "own": [MINE], **SHORT, **options}
         return compare((net, tokenizer), rows, names, **options)
 
+    altered, pads, task = copy.deepcopy(nets[0]), tokenizer_of(), load_task(ROWS)
     first = run()
-    altered = copy.deepcopy(nets[0])
+    assert tiny.equal(nets[0].state_dict(), altered.state_dict())
+    assert not any(module._forward_hooks for module in nets[0].modules())
     with torch.no_grad():
         for parameter in altered.parameters():
             parameter *= 1 + 1e-6
-    pads = build_tokenizer([r["text"] for r in ROWS], pad="<pad>")
     pads.add_special_tokens({"eos_token": "it"})
-    for changed, said in (
-        ({"own": [MINE.with_rank(3)]}, "mine"),
-        ({"net": nets[1]}, "network"),
-        ({"net": altered}, "network"),
-        ({"tokenizer": pads}, "tokenizer"),
-        ({"tokenizer": build_tokenizer(["other words"], pad="<pad>")}, "tokenizer"),
-        ({"rows": [*ROWS[:-1], {**ROWS[-1], "text": "another"}]}, "data"),
+    for changed, match in (
+        ({"own": [MINE.with_rank(3)]}, "another mine"),
+        ({"net": nets[1]}, "another network"),
+        ({"net": altered}, "another network"),
+        ({"tokenizer": pads}, "another tokenizer"),
+        ({"tokenizer": tokenizer_of(["other words"])}, "another tokenizer"),
+        ({"rows": [*ROWS[:-1], {**ROWS[-1], "text": "another"}]}, "another data"),
+        ({"names": ("lora", "temperature:lora"), "max_validation": 0}, "for temperature:lora"),
+        ({"names": ()}, "must not be empty"),
     ):
-        with pytest.raises(ConfigurationError, match=f"another {said}"):
+        with pytest.raises(ConfigurationError, match=match):
             run(**changed)
     tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=9)  # no other one
     both = run(names=("map", "mine"), progress=None)  # of which one is there
     assert [row.method for row in both.rows] == ["map", "mine"]
     assert both.rows[1].probs.equal(first.rows[0].probs)
-    task = load_task(ROWS)
+    with pytest.raises(ConfigurationError, match="another map"):
+        run(names=("map",), own=[replace(MINE, name="map")])
     other = replace(task, train=task.train[1:], validation=(task.train[0], *task.validation))
     run(rows=task, out=tmp_path / "task")
     with pytest.raises(ConfigurationError, match="another data"):  # the same items, split apart
         run(rows=other, out=tmp_path / "task")
-    with pytest.raises(ConfigurationError, match="another map"):
-        run(names=("map",), own=[replace(MINE, name="map")])
-    with pytest.raises(ConfigurationError, match="validation items for temperature:lora"):
-        run(names=("lora", "temperature:lora"), max_validation=0)
-    with pytest.raises(ConfigurationError, match="must not be empty"):
-        run(names=())
 
 
 @pytest.mark.parametrize("method", ["map", "laplace-lora"])
-def test_the_best_step_has_the_temperature_and_the_width_of_a_last_one(method, monkeypatch):
-    """A best step that is the last one predicts as the last one does."""
-    tokenizer = build_tokenizer([r["text"] for r in ROWS], bos="<s>", pad="<pad>")
+def test_the_best_step_has_the_temperature_and_the_width_of_a_last_one(method):
+    tokenizer = tokenizer_of()
     net = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=64)
-    task = load_task(ROWS)
-    how = {"num_steps": 2, "seeds": [0], "num_samples": 3, "progress": False, "rank": 2}
-    best, last = compare(
-        (net, tokenizer), task, [f"best:{method}", method], validate_every=2, held_out=0.25, **how
-    ).rows
+    options = {**SHORT, "rank": 2, "validate_every": 2, "held_out": 0.25}
+    names = [f"best:{method}", method]
+    best, last = compare((net, tokenizer), load_task(ROWS), names, **options).rows
     assert best.temperature_by == last.temperature_by == "0.25 of training"
     torch.testing.assert_close(best.probs, last.probs, atol=1e-5, rtol=0)
 

@@ -79,7 +79,6 @@ def test_a_continuation_has_the_mean_probability_over_the_draws(
 
 
 def test_the_mean_is_what_the_harness_gives_for_the_network_under_it(blora, tokenizer):
-    """Its own HFLM, for continuations, a text longer than the context, and what is written."""
     from lm_eval.models.huggingface import HFLM
 
     with torch.no_grad():

@@ -32,11 +32,13 @@ def test_by_hand():
     assert metrics.nll == pytest.approx(nll, abs=1e-7)
     brier = [0.25**2 + 2 * 0.125**2, 0.25**2 + 0.625**2 + 0.875**2, 0.75**2 + 0.25**2 + 0.5**2]
     assert metrics.brier == pytest.approx(sum(brier) / 4, abs=1e-7)
+    rounded = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])  # above one it is no logit
+    ece = m.evaluate(rounded, torch.tensor([0, 1]), num_bins=1).ece
+    assert ece == pytest.approx(0.125, abs=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "num_bins"), [(torch.float32, 15), (torch.float64, 10)])
 def test_metrics_are_those_of_torchmetrics_and_the_means_over_items(kind, num_bins):
-    """Also of confidences on the edges of bins, and of a probability of 0 at the label."""
     probs = torch.softmax(3 * torch.randn(2000, 4, dtype=kind), -1)
     probs[:300] = probs.new_tensor([0.8, 0.2, 0.0, 0.0])  # at edges of 15 and of 10 bins
     probs[300:600] = probs.new_tensor([0.4, 0.4, 0.2, 0.0])
@@ -56,7 +58,6 @@ def test_metrics_are_those_of_torchmetrics_and_the_means_over_items(kind, num_bi
 
 @pytest.mark.parametrize("by_seeds", [0.0, 0.5, 1.0, 2.0, 4.0, 100.0])
 def test_two_errors_to_each_side_are_an_interval_of_95_percent(by_seeds):
-    """Of three seeds, whose errors are so many times those of the items."""
     torch.manual_seed(0)
     item, seed = torch.randn(1, 2000, 60), torch.randn(3, 2000, 1) * (3 / 60) ** 0.5
     gaps = item + by_seeds * seed + 0.3 * torch.randn(3, 2000, 60)  # around 0
@@ -64,15 +65,6 @@ def test_two_errors_to_each_side_are_an_interval_of_95_percent(by_seeds):
     assert 0.94 <= float((off <= 2 * m.error_of(gaps)).double().mean()) <= 0.985
     alone = m.error_of(gaps[:1])  # of one seed the error is that of the items
     torch.testing.assert_close(alone, gaps[0].std(-1) / 60**0.5, rtol=0.03, atol=0)
-
-
-def test_certainty_shares_the_last_bin_and_rounding_above_one_is_no_logit():
-    """0.95 and right, 1.0 and wrong: one bin of width 0.1, not two."""
-    probs = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])
-    assert evaluate(probs, torch.tensor([0, 1]), num_bins=1).ece == pytest.approx(0.125, abs=1e-5)
-    probs = torch.tensor([[0.95, 0.05], [1.0, 0.0]])
-    ece = evaluate(probs, torch.tensor([0, 1]), num_bins=10).ece
-    assert ece == pytest.approx(0.975 - 0.5, abs=1e-6)
 
 
 def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
@@ -157,7 +149,6 @@ def answered(u, wrong):
 
 
 def kept_of(prediction, labels, **options):
-    """Which items the threshold keeps, and the threshold."""
     threshold = m.threshold_for(prediction, labels, **options)
     return prediction.entropy <= threshold, threshold
 
@@ -173,7 +164,6 @@ RATES = {  # errors at the quantile u of the score; the ties, if any, are of so 
 @pytest.mark.filterwarnings("ignore:No threshold has")
 @pytest.mark.parametrize("rate", RATES)
 def test_the_risk_above_the_threshold_is_too_high_in_few_sets_of_labels(rate):
-    """By 1,000 sets of 600 items, whose tests begin three times."""
     rate, ties = RATES[rate]
     grid = (torch.arange(100_000) + 0.5) / 100_000
     risk = rate(grid).cumsum(0) / torch.arange(1, 100_001)
@@ -188,7 +178,6 @@ def test_the_risk_above_the_threshold_is_too_high_in_few_sets_of_labels(rate):
 
 
 def test_much_is_kept_where_much_can_be():
-    """As the risk passes 5 % at 0.71 of the items, and where all may be kept."""
     u = (torch.arange(2000) + 0.5) / 2000
     for rate, (low, high) in ((0.3 * u**2, (0.5, 0.75)), (0.03 + 0 * u, (1, 1))):
         kept, _ = kept_of(*answered(u, torch.rand(2000) < rate))
@@ -196,7 +185,6 @@ def test_much_is_kept_where_much_can_be():
 
 
 def test_the_threshold_is_the_last_before_a_p_value_is_too_high():
-    """45 are right, then every fifth is wrong, among 60 items, which are enough to begin once."""
     wrong = torch.zeros(60, dtype=torch.bool)
     wrong[45::5] = True
     prediction, labels = answered(torch.arange(1, 61) / 61, wrong)
@@ -240,7 +228,6 @@ def test_the_threshold_of_texts_is_for_the_rule_of_generate():
 
 
 def test_out_of_scope_by_counting():
-    """The threshold needs the inside alone; with ties, and by each kind of doubt."""
     torch.manual_seed(0)
     inside, outside = (
         Prediction((scale * torch.randn(3, n, 4)).round().softmax(-1))
@@ -254,6 +241,8 @@ def test_out_of_scope_by_counting():
         assert found.false_positive_rate == sum(value <= found.threshold for value in others) / 25
         pairs = [(a < b) + (a == b) / 2 for a in mine for b in others]
         assert found.auroc == pytest.approx(sum(pairs) / 1000, abs=1e-6)
+    close = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
+    assert m.auroc(close, close + 3e-9) == 1
     both, labels = Prediction.cat([inside, outside]), torch.tensor([0] * 40 + [-1] * 25)
     with pytest.warns(UserWarning, match="No threshold"):
         m.threshold_for(both, labels)

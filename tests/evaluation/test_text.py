@@ -45,11 +45,3 @@ def test_the_mean_is_transformers_loss_and_draws_average_probabilities():
         blora.predict_dataset(ROWS, collate, **QUIET)
     with pytest.raises(BatchError):  # a text without a token
         evaluate_text(logp, 0 * count)
-
-
-def test_a_classifier_has_one_token_an_item():
-    blora = tiny.adapted()
-    logp, count = blora.log_predictive_dataset(tiny.examples(5), tiny.collate, 0, **QUIET)
-    prediction, labels = blora.predict_dataset(tiny.examples(5), tiny.collate, 0, **QUIET)
-    torch.testing.assert_close(logp, prediction.probs.gather(1, labels[:, None])[:, 0].log())
-    assert count.tolist() == [1] * 5

@@ -74,21 +74,21 @@ def noise_covariance(monkeypatch, draw):
     ``draw()`` runs once for every number it asks ``pyro_blora.updates`` for,
     with that number one and the others zero: the columns of its matrix, and no Monte Carlo.
     """
-    state = {"hot": -1, "asked": 0}
+    state = {"hot": -1, "drawn": 0}
 
     def normal(like, *shape):
         values = torch.zeros(torch.Size(shape).numel())
-        if 0 <= state["hot"] - state["asked"] < len(values):
-            values[state["hot"] - state["asked"]] = 1.0
-        state["asked"] += len(values)
+        if 0 <= state["hot"] - state["drawn"] < len(values):
+            values[state["hot"] - state["drawn"]] = 1.0
+        state["drawn"] += len(values)
         return values.reshape(shape)
 
     def column(hot):
-        state.update(hot=hot, asked=0)
+        state.update(hot=hot, drawn=0)
         return draw().flatten()
 
     with monkeypatch.context() as patch:
         patch.setattr(conditional, "_randn", normal)
         assert column(-1).abs().max() == 0  # no numbers, no noise: the function is homogeneous
-        root = torch.stack([column(hot) for hot in range(state["asked"])], -1)
+        root = torch.stack([column(hot) for hot in range(state["drawn"])], -1)
     return root @ root.mT

@@ -50,14 +50,10 @@ def with_gradient(blora, loss):
 
 def statistics(blora, batch, kind, particles, copies, repeats):
     """Estimates with ``particles`` particles for a batch, each an average over ``copies`` of it."""
-    elbo = kind(num_particles=copies * particles, vectorize_particles=True, max_plate_nesting=1)
+    elbo = tiny.elbo(copies * particles, kind)
     batch = repeat_batch(batch, copies)
-    return torch.stack(
-        [
-            with_gradient(blora, elbo.differentiable_loss(blora.model, blora.guide, batch))
-            for _ in range(repeats)
-        ]
-    )
+    losses = (elbo.differentiable_loss(blora.model, blora.guide, batch) for _ in range(repeats))
+    return torch.stack([with_gradient(blora, loss) for loss in losses])
 
 
 def reference(blora, batch, draws, repeats):

@@ -1,4 +1,4 @@
-"""Draws in pairs: the same law, the mean of a pair exact, and less spread of an average."""
+"""Draws in pairs: the same distribution, an exact mean of each pair, less spread of an average."""
 
 import pyro
 import pytest
@@ -26,7 +26,7 @@ def adapted(guide, prior=None):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_pair_has_the_mean_of_q_and_each_of_it_the_law_of_q(name):
+def test_a_pair_has_the_mean_of_q_and_each_draw_is_from_q(name):
     blora = adapted(FAMILIES[name])
     draw = blora.posterior.pairs(tiny.sequences())
     cores = torch.cat([draw(count)["q_proj"].core for count in (1, 4, 3, 2, 3990)])
@@ -54,7 +54,7 @@ def test_what_is_not_symmetric_is_drawn_as_it_is(guide):
 
 
 class Leaning(guides.MeanField):
-    """Gumbel's law, whose skewness is 1.14."""
+    """A Gumbel distribution, which has a skewness of 1.14."""
 
     def distribution(self):
         return Gumbel(self.loc, self.scale).to_event(2)
@@ -66,7 +66,7 @@ class LeaningLaplace(guides.Laplace):
 
 
 @pytest.mark.parametrize("family", [Leaning, LeaningLaplace])
-def test_a_law_of_ones_own_in_a_symmetric_family_is_no_mirror_image(family):
+def test_a_skewed_user_distribution_has_no_mirror_image(family):
     blora = adapted(family())
     core = blora.posterior.pairs(tiny.sequences())(10_000)["q_proj"].core
     white = (core - core.mean(0)) / core.std(0)

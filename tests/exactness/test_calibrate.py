@@ -9,15 +9,14 @@ import torch
 from datasets import Dataset
 from scipy.optimize import minimize_scalar
 from torch.utils.data import DataLoader, IterableDataset, default_collate
-from transformers import TrainingArguments
 
 from pyro_blora import BayesianLoRA, fit, guides
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.inference.trainer import BayesianLoRATrainer
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.posterior.temperature import temperature_of_draws
 
 N = 16
+COLLATED = {"data_collator": default_collate}
 
 
 def adapter(num_data=N, **options):
@@ -72,19 +71,14 @@ def test_a_few_labels_move_it_little():
 
 @pytest.mark.parametrize("way", ["fit", "Laplace", "trainer"])
 def test_the_examples_held_out_teach_nothing_and_the_others_have_the_elbo_of_their_number(way):
-    """Training with a quarter held out is training on the others, and then calibrating."""
     held, every = {0, 1, 6, 8}, items()  # by the hash of their tokens
     data = [item for i, item in enumerate(every) if i not in held]
     parts = {"guide": guides.Laplace()} if way == "Laplace" else {}
     one, other = adapter(**parts), adapter(N - 4, **parts)
     if way == "trainer":
-        args = TrainingArguments(
-            "unused", max_steps=4, per_device_train_batch_size=4, save_strategy="no",
-            report_to="none", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
+        options = {"max_steps": 4, "per_device_train_batch_size": 4, **COLLATED}
         for blora, rows, share in ((one, every, 0.25), (other, data, 0.0)):
-            how = {"train_dataset": rows, "held_out": share, "data_collator": default_collate}
-            BayesianLoRATrainer(blora, args, **how).train()
+            tiny.trainer("unused", blora, rows, held_out=share, **options).train()
     else:
         options = {"num_steps": 4, "batch_size": 4, "progress": False}
         fit(one, every, held_out=0.25, **options)
@@ -109,13 +103,9 @@ def test_predictions_have_it_and_so_does_what_is_saved(tmp_path):
     temperatures = blora.model.temperature, blora.model.mean_temperature
     assert len({float(t) for t in temperatures}) == 2
     torch.manual_seed(3)
-    for found, before, of in zip(
-        (blora.predict(batch, 4).samples, blora.predict(batch, 0).probs),
-        (draws, mean),
-        temperatures,
-        strict=True,
-    ):
-        torch.testing.assert_close(found, (before.log() / of).softmax(-1))
+    after = blora.predict(batch, 4).samples, blora.predict(batch, 0).probs
+    for found, before, temperature in zip(after, (draws, mean), temperatures, strict=True):
+        torch.testing.assert_close(found, (before.log() / temperature).softmax(-1))
     with blora.disable_adapter():
         assert torch.equal(blora.predict(batch, 0).probs, bare)
     assert torch.equal(blora.predict(batch, samples=given).samples, sampled)
@@ -137,14 +127,13 @@ class Stream(IterableDataset):
 
 
 def test_a_trainer_holds_out_nothing_of_a_stream_or_before_a_width_is_found():
-    args = TrainingArguments("unused", report_to="none", use_cpu=True, max_steps=1)
-    how = {"args": args, "data_collator": default_collate}
+    options = {"max_steps": 1, **COLLATED}
     with pytest.warns(UserWarning, match="need a temperature"):
-        BayesianLoRATrainer(adapter(), train_dataset=Stream(), **how)
-    made = BayesianLoRATrainer(adapter(guide=guides.Laplace()), train_dataset=items(), **how)
+        tiny.trainer("unused", adapter(), Stream(), **options)
+    made = tiny.trainer("unused", adapter(guide=guides.Laplace()), items(), **options)
     assert len(made.train_dataset) == N
     columns = Dataset.from_list([{"labels": k, "length": k} for k in range(N)])
-    made = BayesianLoRATrainer(adapter(), train_dataset=columns, **how)
+    made = tiny.trainer("unused", adapter(), columns, **options)
     assert made.train_dataset.column_names == ["labels", "length"]
     assert len(made.train_dataset) == N - 2
 

@@ -96,7 +96,6 @@ def test_marginal_variance_is_exact(conditional):
 
 @torch.no_grad()
 def test_layer_adds_the_noise_to_the_mean():
-    """Through ``LayerUpdate``, the rows of a batch shared out among the particles."""
     prior, _, dense = make()
     V, x = torch.randn(N, *RANK), torch.randn(2, D_IN)
     with pyro.plate("particles", DRAWS, dim=-2):
@@ -126,7 +125,6 @@ def test_marginal_prior_of_the_weight_is_isotropic(monkeypatch):
 
 
 def test_gradients_of_the_variance():
-    """With respect to Z, D, sigma and lambda, as of the dense formula."""
     prior = bind(KroneckerInducing(rank=RANK, conditional="scaled"))
     x, G = torch.randn(1, 3, D_IN), torch.randn(1, 3, D_OUT)
     update = prior().layers()[0]
@@ -176,7 +174,6 @@ def test_conditional_kl_is_the_dense_one(lam):
 
 @pytest.mark.parametrize("conditional", ["deterministic", "exact", "scaled"])
 def test_conditional_kl_enters_the_elbo_once(conditional):
-    """A factor for each layer where lambda is learned, and none where it is fixed."""
     prior = bind(KroneckerInducing(rank=RANK, conditional=conditional))
     trace = pyro.poutine.trace(prior).get_trace()
     rest = trace.log_prob_sum() - trace.log_prob_sum(lambda name, _: name.endswith(".V"))

@@ -54,14 +54,6 @@ def test_shrinking_cores_are_products_of_their_sites(core, sites):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_core_may_be_a_function():
-    def spike(shape):
-        return dist.Normal(torch.zeros(shape), 0.01).to_event(len(shape))
-
-    V = draws(bind(KroneckerInducing(rank=2, core=spike)), 1000).nodes["q.V"]["value"]
-    assert 0.009 < V.std() < 0.011
-
-
 def test_a_random_scale_is_a_site_of_each_layer():
     prior = bind(RandomScale(sigma=0.5))
     trace = draws(prior)
@@ -84,13 +76,6 @@ def test_layers_share_a_hyperprior():
     logs = (tau * (0.3 * z).exp()).log()
     between = torch.corrcoef(logs.mT)[0, 1]
     assert between > 0.9  # most of the spread is common
-
-
-@pytest.mark.parametrize("conditional", ["exact", "scaled"])
-def test_a_random_scale_goes_with_conditional_noise(conditional):
-    prior = RandomScale(conditional=conditional)
-    blora = tiny.adapted(prior=prior, guide=MeanField())
-    assert blora.predict(tiny.sequences(), 3).samples.isfinite().all()
 
 
 class TestEffectiveRank:
@@ -119,8 +104,6 @@ class TestEffectiveRank:
 
 
 class Noisy(Observed):
-    """Labels with a standard deviation of 1.5."""
-
     def distribution(self, logits, labels):
         return dist.Normal(logits, 1.5).to_event(1)
 
@@ -154,6 +137,7 @@ def planted(core):
     return next(iter(effective_ranks(blora).values())), (error.norm() / dW.norm()).item()
 
 
+@pytest.mark.slow
 def test_a_planted_rank_two_update_is_recovered():
     found = {}
     for core in ("normal", "horseshoe", "ard"):

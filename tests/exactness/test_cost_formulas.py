@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
 
 from pyro_blora.likelihoods import CausalLM
@@ -25,17 +24,17 @@ def adapted(k, top):
 
 
 def flops_of(run):
-    """Torch's count of all but attention, with sums in place, of which it has to be told."""
+    """Torch's count of all but attention, with sums in place, for which it needs formulas."""
     aten = torch.ops.aten
-    told = {
+    formulas = {
         aten.addmm_: lambda _, a, b, *rest, **options: mm_flop(a, b),
         aten.baddbmm_: lambda _, a, b, *rest, **options: bmm_flop(a, b),
         # Of the CPU's attention releases before 2.15 count nothing by themselves
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **options: 0,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **options: 0,
     }
-    run()  # what is asked once
-    with FlopCounterMode(display=False, custom_mapping=told) as counter:
+    run()  # the network is probed once
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()
 
@@ -55,8 +54,7 @@ def test_the_formulas_are_what_is_counted(k, top):
 
     batch = {"input_ids": torch.randint(8, v, (B, T)), "attention_mask": torch.ones(B, T).long()}
     batch["labels"] = batch["input_ids"].clone()
-    elbo = TraceMeanField_ELBO(num_particles=B, vectorize_particles=True, max_plate_nesting=1)
-    loss_of = elbo(blora.model, blora.guide)
+    loss_of = tiny.elbo(B)(blora.model, blora.guide)
     step = flops_of(lambda: loss_of(batch).backward())
     assert step == pytest.approx(F + F_b + 3 * u + 10 / 3 * q + 2 * head, rel=0.01)
     for S in (1, 5):

@@ -54,7 +54,6 @@ def rows_of(batch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_nearest_to_the_draws(kind):
-    """By a grid of temperatures, over the divergence written out."""
     blora, batch = adapter(kind)
     with torch.no_grad():
         mean = next(blora.posterior.logits(batch, 0, tempered=False))[0]
@@ -121,7 +120,7 @@ def test_it_is_of_one_pass_of_the_adapter_and_of_what_was_distilled():
     assert torch.equal(blora.generate(**prompt).entropy, written)  # not of the answers alone
 
 
-def test_logits_that_are_no_numbers_are_told():
+def test_logits_that_are_no_numbers_are_refused():
     blora, batch = adapter("tokens")
     with torch.no_grad():
         blora.net.lm_head.weight[:] = torch.nan
@@ -150,7 +149,6 @@ def test_a_point_is_refused():
 
 @pytest.mark.parametrize("kind", ["classifier", "text"])
 def test_an_export_has_it(kind, tmp_path):
-    """PEFT alone gives the probabilities of one pass."""
     peft = pytest.importorskip("peft")
     blora, batch = adapter(kind)
     temperature = blora.distill(rows_of(batch))
@@ -176,11 +174,11 @@ def test_an_export_has_it(kind, tmp_path):
             assert (config.temperature, config.do_sample, config.top_k) == (temperature, True, 0)
             torch.manual_seed(0)
             options = {"max_new_tokens": 4, "output_scores": True, "pad_token_id": 0}
-            told = net.generate(
+            output = net.generate(
                 **prompt, **options, return_dict_in_generate=True, generation_config=config
             )
-            assert told.sequences.shape == likely.sequences.shape
-            found = told.scores[0].softmax(-1).max()
+            assert output.sequences.shape == likely.sequences.shape
+            found = output.scores[0].softmax(-1).max()
             expected = likely.log_probs[0, 0].exp()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 

@@ -17,14 +17,13 @@ COUNTS = (1, 2, 3, 6)
 @pytest.mark.parametrize("likelihood", ["LabelTokens", "MultipleChoice"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_means_agree_with_their_gradients(likelihood, kind):
-    """With a reference that shares nothing out, within 4 standard errors of the difference."""
     blora, batch = make(likelihood)
     expected, error = mean_and_error(reference(blora, batch, draws=40, repeats=12))
     for particles in COUNTS:
         values = statistics(blora, batch, kind, particles, copies=20, repeats=12)
-        mean, own = mean_and_error(values)
-        assert ((mean - expected).abs() <= 4 * (own**2 + error**2).sqrt() + 1e-9).all(), particles
-        assert own[0] < 0.02 * mean[0]  # the loss, sharp enough to see a wrong scale
+        mean, spread = mean_and_error(values)
+        assert ((mean - expected).abs() <= 4 * (spread**2 + error**2).sqrt() + 1e-9).all()
+        assert spread[0] < 0.02 * mean[0]  # the loss, sharp enough to see a wrong scale
     assert (expected[1:].abs() > 10 * error[1:]).any()  # so are the gradients
 
 
@@ -39,18 +38,13 @@ def test_sharing_by_hand(likelihood, particles):
         drawn.update(blora.guide(batch))
         return drawn
 
-    elbo = TraceMeanField_ELBO(
-        num_particles=particles, vectorize_particles=True, max_plate_nesting=1
-    )
+    elbo = tiny.elbo(particles)
     with torch.no_grad():
         loss, found = tiny.scored(elbo.loss, blora.model, guide, batch)
         nll, share = [], B // particles
         for b in range(B):
-            values = {
-                # A single particle has no dimension of its own.
-                name: V if particles == 1 else V[b // share]
-                for name, V in drawn.items()
-            }
+            # A single particle has no dimension of its own
+            values = {n: V if particles == 1 else V[b // share] for n, V in drawn.items()}
             updates = pyro.poutine.condition(blora.model.updates, data=values)()
             one = {key: value[b : b + 1] for key, value in batch.items()}
             with blora.model.applied(updates) as net:
@@ -65,9 +59,8 @@ def test_sharing_by_hand(likelihood, particles):
 @pytest.mark.parametrize("kind", KINDS)
 def test_particles_must_divide_the_batch(kind):
     blora, batch = make("LabelTokens")
-    elbo = kind(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     with pytest.raises(ParticleError, match=r"6 examples .* 4 particles.*\[1, 2, 3, 6\]"):
-        elbo.loss(blora.model, blora.guide, batch)
+        tiny.elbo(4, kind).loss(blora.model, blora.guide, batch)
 
 
 @pytest.mark.parametrize("particles", COUNTS)
@@ -81,9 +74,7 @@ def test_variance_is_that_of_the_shares(particles):
         nll = functional.cross_entropy(logits, rows["labels"], reduction="none").reshape(S, B)
     blocks = torch.kron(torch.eye(particles), torch.ones(B // particles, B // particles))
     expected = (NUM_DATA / B) ** 2 * (nll.mT.cov() * blocks).sum()
-    elbo = TraceMeanField_ELBO(
-        num_particles=particles, vectorize_particles=True, max_plate_nesting=1
-    )
+    elbo = tiny.elbo(particles)
     with torch.no_grad():
         losses = [elbo.loss(blora.model, blora.guide, batch) for _ in range(draws)]
     # a variance of n draws is off by sqrt((kurtosis - 1)/n) of itself, and these have heavy tails
@@ -97,12 +88,10 @@ def test_a_particle_per_example_has_lower_variance_than_a_shared_draw():
     """B equal examples: the noise of B draws averages out, to exactly 1/B of the variance."""
     blora, batch = make("LabelTokens")
     batch = {key: value[:1].expand(B, *value.shape[1:]) for key, value in batch.items()}
-    shared, own = (
-        statistics(blora, batch, TraceMeanField_ELBO, p, copies=1, repeats=200).var(0)
-        for p in (1, B)
-    )
+    kind = TraceMeanField_ELBO
+    shared, each = (statistics(blora, batch, kind, p, copies=1, repeats=200).var(0) for p in (1, B))
     for part in (slice(0, 1), slice(1, None)):  # the loss; all gradients together
-        ratio = own[part].sum() / shared[part].sum()
+        ratio = each[part].sum() / shared[part].sum()
         assert 0.4 / B < ratio < 2.5 / B
 
 
@@ -120,11 +109,10 @@ def test_parallel_predictive_sees_the_whole_batch_in_every_sample(likelihood):
         return tracer.trace.nodes["labels"]["fn"].logits
 
     with torch.no_grad():
+        sites = ("labels", "_RETURN")
         parallel, sequential = (
-            Predictive(model, samples, return_sites=("labels", "_RETURN"), parallel=parallel)(
-                inputs
-            )
-            for parallel in (True, False)
+            Predictive(model, samples, return_sites=sites, parallel=way)(inputs)
+            for way in (True, False)
         )
     assert parallel["labels"].shape == sequential["labels"].shape == (B, B)
     a, b = (p["_RETURN"].reshape(B, B, -1) for p in (parallel, sequential))

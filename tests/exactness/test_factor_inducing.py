@@ -13,7 +13,6 @@ import torch
 from dense_algebra import N
 from dense_algebra import at_start as bind
 from torch import nn
-from torch.distributions import kl_divergence
 
 from pyro_blora import fit
 from pyro_blora.guides import MeanField
@@ -61,7 +60,6 @@ def test_the_conditional_mean_is_the_published_one():
 
 @pytest.mark.parametrize("name", ["A", "B"])
 def test_the_conditional_covariance_is_the_published_one(name):
-    """Of 200,000 draws, and in closed form."""
     given = published(name)
     rows, cols = (side_of(given[f"Z_{s}"], given[f"D_{s}"]) for s in "rc")
     scale = (given["sigma"] * given["lambda_"]).square()
@@ -84,7 +82,7 @@ def test_the_conditional_kl_is_the_published_one():
         torch.testing.assert_close(factor.sum(), -expected)
 
 
-def test_draws_of_the_update_have_the_law_of_the_two_factors():
+def test_draws_of_the_update_are_products_of_the_two_factors():
     """Mean and covariance of ``B A`` under the prior: zero, and the product of the factors' own."""
     prior = bind(FactorInducing(rank=2, conditional="exact", sigma=0.5, scale="fixed"))
     with pyro.plate("draws", 50_000, dim=-2):
@@ -100,19 +98,6 @@ def test_draws_of_the_update_have_the_law_of_the_two_factors():
 class TestCorrectedDefects:
     """One test for each defect of the published code that this prior corrects."""
 
-    def test_the_mean_update_is_zero_at_the_start_and_its_gradient_is_not(self):
-        blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField())
-        for update in blora.posterior.draws(0).values():
-            assert not update.B.any()
-            assert update.A.abs().min() > 0
-        values = blora.guide.center()
-        updates = pyro.poutine.condition(blora.model.updates, data=values)()
-        with blora.model.applied(updates) as net:
-            net(tiny.sequences()["input_ids"]).logits.square().sum().backward()
-        for name, family in blora.guide.families().items():
-            moved = family.loc.grad.any() if family.loc.grad is not None else torch.tensor(False)
-            assert bool(moved) == name.endswith("U_B")
-
     def test_every_cholesky_is_of_its_own_matrix(self):
         """The published cache took chol(Z Z^T + D^2) for chol(Z Z^T): draws were too wide."""
         prior = bind(FactorInducing(rank=2, noise_init=1.0))
@@ -124,19 +109,9 @@ class TestCorrectedDefects:
             exact = torch.eye(4) - torch.kron(R, R)
             torch.testing.assert_close(noise[:, i].flatten(1).mT.cov(), exact, atol=0.03, rtol=0)
 
-    def test_directions_have_a_gradient_through_the_mean(self):
-        """The published cache detached it after the first pass."""
-        prior = bind(FactorInducing(rank=2))
-        for _ in range(2):
-            values = {prior.site(f"U_{f}"): torch.randn(N, 2, 2) for f in "AB"}
-            update = pyro.poutine.condition(prior, data=values)()
-            inputs = [p for name, p in prior.named_parameters() if name.startswith("Z_")]
-            grads = torch.autograd.grad((update.B @ update.A).square().sum(), inputs)
-            assert all(g.abs().max() > 1e-6 for g in grads)
-
     @pytest.mark.parametrize("factor", [0.1, 10.0])
     def test_the_length_of_directions_does_nothing(self, factor):
-        """So that sigma alone tells the size of an update, and in proportion."""
+        """So that sigma alone sets the size of an update, and in proportion."""
         prior = bind(FactorInducing(rank=2))
         values = {prior.site(f"U_{f}"): torch.randn(N, 2, 2) for f in "AB"}
         before = pyro.poutine.condition(prior, data=values)()
@@ -150,7 +125,7 @@ class TestCorrectedDefects:
         scaled = pyro.poutine.condition(prior, data=values)()
         torch.testing.assert_close(scaled.B @ scaled.A, factor * before.B @ before.A)
 
-    def test_layers_of_one_shape_start_differently_and_seeds_tell(self):
+    def test_layers_of_one_shape_and_seeds_start_differently(self):
         torch.manual_seed(1)
         one = bind(FactorInducing(rank=2))
         assert not torch.equal(one.Z_c_A[0], one.Z_c_A[1])
@@ -183,27 +158,3 @@ class TestCorrectedDefects:
         (step,) = fit(blora, tiny.examples(10), **options).history
         expected = step["nll"] + (kl + conditional).item() / 10
         assert step["loss"] == pytest.approx(expected, rel=1e-4)
-
-    def test_the_posterior_mean_is_of_the_mean_not_of_the_last_draw(self):
-        blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField(init_scale=1.0))
-        first = blora.posterior.draws(0)["q_proj"]
-        blora.guide(None)
-        second = blora.posterior.draws(0)["q_proj"]
-        assert torch.equal(first.A, second.A)
-
-    def test_prediction_has_no_dropout(self):
-        net = tiny.llama(attention_dropout=0.5)
-        blora = tiny.adapted(net, prior=FactorInducing(rank=2), guide=MeanField())
-        net.train()
-        batch = tiny.sequences()
-        assert torch.equal(blora.predict(batch, 0).samples, blora.predict(batch, 0).samples)
-        assert net.training
-
-
-def test_its_kl_is_that_of_two_standard_normals():
-    blora = tiny.adapted(prior=FactorInducing(rank=2), guide=MeanField(init_scale=0.5))
-    total = 0.0
-    for family in blora.guide.families().values():
-        q = family.distribution()
-        total += kl_divergence(q, family.site.prior).sum()
-    torch.testing.assert_close(blora.kl(), total)

@@ -19,7 +19,6 @@ from pyro_blora import guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import (
     Amortized,
-    Delta,
     Ensemble,
     Flow,
     FullRank,
@@ -57,9 +56,9 @@ def train(q, log_density, steps=1500, draws=64, lr=0.02):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     for _ in range(steps):
         optimizer.zero_grad()
-        law = q.distribution()
-        value = law.rsample((draws,))
-        loss = (law.log_prob(value).sum(-1) - log_density(value)).mean()
+        density = q.distribution()
+        value = density.rsample((draws,))
+        loss = (density.log_prob(value).sum(-1) - log_density(value)).mean()
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -68,22 +67,21 @@ def train(q, log_density, steps=1500, draws=64, lr=0.02):
 
 @torch.no_grad()
 def elbo(q, log_density, draws=10_000):
-    """The ELBO and its standard error."""
-    law = q.distribution()
-    value = law.sample((draws,))
-    terms = log_density(value) - law.log_prob(value).sum(-1)
+    density = q.distribution()
+    value = density.sample((draws,))
+    terms = log_density(value) - density.log_prob(value).sum(-1)
     return terms.mean().item(), terms.std().item() / draws**0.5
 
 
 def log_joint(toy):
     """``log p(y, V)`` of the linear-Gaussian toy, for values ``(draws, 1, m_r, m_c)``."""
 
-    def of(V):
+    def density(V):
         V = V.flatten(1)
         fit = dist.Normal(V @ toy.design.mT, NOISE).log_prob(toy.residual).sum(-1)
         return fit + dist.Normal(0.0, 1.0).log_prob(V).sum(-1)
 
-    return of
+    return density
 
 
 @pytest.mark.parametrize("family", [FullRank(), LowRank(rank=6)], ids=repr)
@@ -111,20 +109,20 @@ def test_layer_coupled_reaches_a_posterior_that_correlates_layers():
     prior = q.site.prior
 
     def objective():
-        law = q.distribution()
-        fit = torch.einsum("l,lij->ij", a, law.mean)
-        L = law.layer_scale_tril
-        spread = (a @ L).square().sum() * law.scale.square()
+        density = q.distribution()
+        fit = torch.einsum("l,lij->ij", a, density.mean)
+        L = density.layer_scale_tril
+        spread = (a @ L).square().sum() * density.scale.square()
         exact = dist.Normal(fit, s).log_prob(y).sum() - 0.5 * spread.sum() / s**2
-        return exact - kl_divergence(law, prior).sum()
+        return exact - kl_divergence(density, prior).sum()
 
     maximize(objective, q.parameters())
     precision = torch.eye(3) + torch.outer(a, a) / s**2
     expected = torch.linalg.solve(precision, a[:, None] * y.flatten() / s**2).reshape(3, 2, 2)
-    law = q.distribution()
-    torch.testing.assert_close(law.mean, expected, atol=1e-4, rtol=0)
-    L = law.layer_scale_tril
-    for scale in law.scale.flatten():
+    density = q.distribution()
+    torch.testing.assert_close(density.mean, expected, atol=1e-4, rtol=0)
+    L = density.layer_scale_tril
+    for scale in density.scale.flatten():
         covariance = scale.square() * L @ L.mT
         torch.testing.assert_close(covariance, torch.linalg.inv(precision), atol=1e-4, rtol=0)
     sd = (a.square().sum() + s**2) ** 0.5
@@ -142,65 +140,42 @@ def two_modes(V):
     return torch.stack(modes).logsumexp(0) - math.log(2)
 
 
-def test_a_flow_follows_a_bent_posterior():
-    """Both densities are normalized: the log evidence is 0."""
-    best, _ = elbo(train(bound(MeanField()), banana), banana)
-    found, error = elbo(train(bound(Flow(init_scale=1.0)), banana), banana)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("density", "family"),
+    [(banana, Flow(init_scale=1.0)), (two_modes, Mixture(components=2, spread=1.0))],
+)
+def test_a_rich_family_follows_what_a_normal_cannot(density, family):
+    """Both densities are normalized: the log evidence is 0, and of two modes a normal has one."""
+    best, _ = elbo(train(bound(MeanField()), density), density)
+    reached, error = elbo(train(bound(family), density), density)
     assert best < -0.6
-    assert found > -0.05
-    assert found < 4 * error
-
-
-def test_a_mixture_finds_both_modes():
-    """A normal fits one of two equal modes at best: its ELBO is -log 2."""
-    best, _ = elbo(train(bound(MeanField()), two_modes), two_modes)
-    q = train(bound(Mixture(components=2, spread=1.0)), two_modes)
-    found, error = elbo(q, two_modes)
-    assert best < -0.65
-    assert found > -0.05
-    assert found < 4 * error
-    low, high = q.locs[:, 0, 0].mean(-1).sort().values
-    assert low < -1.3 < 1.3 < high
+    assert -0.05 < reached < 4 * error
 
 
 @pytest.mark.parametrize("family", BOUNDS, ids=repr)
 @pytest.mark.parametrize("steps", [0, 150])
 def test_no_elbo_exceeds_the_log_evidence(family, steps):
-    """10,000 draws, without tempering. The mean of p(y, V) / q(V) is the evidence itself."""
     toy = Toy(family)
-    q = toy.q
     if steps:
-        train(q, log_joint(toy), steps, lr=0.05)
-    found, error = elbo(q, log_joint(toy))
-    assert found < toy.log_evidence.item() + 4 * error
-    if steps:
-        assert found > toy.log_evidence.item() - 20
+        train(toy.q, log_joint(toy), steps, lr=0.05)
+    reached, error = elbo(toy.q, log_joint(toy))
+    evidence = toy.log_evidence.item()
+    assert evidence - (20 if steps else math.inf) < reached < evidence + 4 * error
 
 
 @pytest.mark.parametrize("family", BOUNDS, ids=repr)
 @torch.no_grad()
 def test_every_density_is_normalized(family):
     """``E_q[f(V) / q(V)]`` is one for a narrow normal density ``f`` amid ``q``."""
-    q = bound(family, n=2, event=(1, 2))
-    law = q.distribution()
-    value = law.sample((200_000,))
+    q = bound(family, n=2, event=(1, 2)).distribution()
+    value = q.sample((200_000,))
     center, width = value.mean(0), 0.5 * value.std(0)
     inside = dist.Normal(center, width).log_prob(value).sum((-3, -2, -1))
-    weights = (inside - law.log_prob(value).sum(-1)).exp()
+    weights = (inside - q.log_prob(value).sum(-1)).exp()
     error = weights.std().item() / len(weights) ** 0.5
     assert weights.mean().item() == pytest.approx(1, abs=5 * error + 1e-3)
     assert error < 0.1
-
-
-@pytest.mark.parametrize("family", [MeanField, MatrixNormal, LowRank, FullRank, LayerCoupled])
-def test_at_the_prior_the_kl_is_zero(family):
-    q = bound(family(init_scale=1.0), n=3, event=(2, 2))
-    if family is LowRank:
-        with torch.no_grad():
-            q.factor.zero_()
-            q.scale = torch.ones_like(q.scale)
-    kl = kl_divergence(q.distribution(), q.site.prior).sum()
-    assert kl.item() == pytest.approx(0, abs=1e-5)
 
 
 FAR = {"FullRank": (1, (16, 16)), "MatrixNormal": (1, (256, 1)), "LayerCoupled": (256, (2, 1))}
@@ -219,10 +194,10 @@ def test_a_draw_keeps_its_density_where_a_triangle_is_far_from_diagonal(name):
         for triangle in triangles:
             size = triangle.diagonal(dim1=-2, dim2=-1).exp().mean()
             triangle.sub_(0.3 * size * torch.ones_like(triangle).tril(-1))
-    law = q.distribution().expand((400, n))
-    score = law.log_prob(law.rsample()).sum(-1)
+    density = q.distribution().expand((400, n))
+    score = density.log_prob(density.rsample()).sum(-1)
     k = n * math.prod(event)
-    gap = (score + law.entropy().sum(-1)).mean().item()
+    gap = (score + density.entropy().sum(-1)).mean().item()
     assert gap == pytest.approx(0, abs=5 * (k / 2 / 400) ** 0.5)
     score.mean().backward()  # of -log det: by the logarithms of the diagonal
     for triangle in triangles:
@@ -234,42 +209,39 @@ def test_a_draw_keeps_its_density_where_a_triangle_is_far_from_diagonal(name):
 def test_a_draw_that_is_held_fixed_has_the_gradient_of_its_density(family):
     """In the mean it is ``(x - loc) / 0.01^2``; its density is that of the draw."""
     for event in ((), (3,), (2, 3)):
-        law = bound(family, 4, event).distribution().expand((5, 4))
-        value = law.rsample()
-        torch.testing.assert_close(law.log_prob(value), law.log_prob(value.detach()))
+        density = bound(family, 4, event).distribution().expand((5, 4))
+        value = density.rsample()
+        torch.testing.assert_close(density.log_prob(value), density.log_prob(value.detach()))
     q = bound(family)
     for draw in ("sample", "rsample"):
-        law = q.distribution()
-        value = getattr(law, draw)().detach()
+        density = q.distribution()
+        value = getattr(density, draw)().detach()
         q.zero_grad()
-        law.log_prob(value).sum().backward()
+        density.log_prob(value).sum().backward()
         torch.testing.assert_close(q.loc_unconstrained.grad, (value - q.loc).detach() / 1e-4)
 
 
 def test_an_ensemble_is_its_members_in_turn():
     q = bound(Ensemble(members=3), n=2)
     draws = q.distribution().expand((7, 2)).rsample()
-    for draw in range(7):
-        assert torch.equal(draws[draw], q.points[draw % 3])
+    assert torch.equal(draws, q.points[torch.arange(7) % 3])
     assert torch.equal(q.distribution().expand((2, 2)).rsample()[0], q.points[1])  # 7 mod 3
     torch.testing.assert_close(q.center(), torch.zeros(2, 1, 2), atol=1e-6, rtol=0)
 
 
 def test_an_ensemble_s_objective_is_the_mean_of_its_members_map_objectives():
     toy = Toy(Ensemble(members=4))
-    joint = log_joint(toy)
-    law = toy.q.distribution()
-    value = law.expand((8, 1)).rsample()
-    found = (joint(value) - law.log_prob(value).sum(-1)).mean()
-    torch.testing.assert_close(found, joint(toy.q.points).mean())
-    # and each member on its own goes to the mode
+    joint, q = log_joint(toy), toy.q.distribution()
+    value = q.expand((8, 1)).rsample()
+    objective = (joint(value) - q.log_prob(value).sum(-1)).mean()
+    torch.testing.assert_close(objective, joint(toy.q.points).mean())
     train(toy.q, joint, steps=800, draws=4, lr=0.05)
-    for member in toy.q.points:
-        torch.testing.assert_close(member.flatten(), toy.posterior.mean, atol=0.02, rtol=0)
+    modes = toy.posterior.mean.expand(4, -1)
+    torch.testing.assert_close(toy.q.points.flatten(1), modes, atol=0.02, rtol=0)
 
 
 class Exponentials(SiteGuide):
-    """Exponentials of normals, a law that does not say its mean, ``exp(1/8)``."""
+    """Exponentials of normals, a distribution that does not say its mean, ``exp(1/8)``."""
 
     def setup(self, site):
         self.scale = PyroParam(torch.full(site.shape, 0.5))
@@ -280,32 +252,20 @@ class Exponentials(SiteGuide):
 
 
 @pytest.mark.parametrize(
-    "law", [dist.Normal(torch.zeros(3, 2), 1.0), dist.HalfNormal(torch.ones(3, 2))]
+    "prior", [dist.Normal(torch.zeros(3, 2), 1.0), dist.HalfNormal(torch.ones(3, 2))]
 )
-def test_a_center_that_no_formula_gives_is_that_of_draws(law):
-    """The same every time, and no draw of the global generator is gone."""
-    site = Site("V", law.to_event(1), ())
+def test_a_center_that_no_formula_gives_is_that_of_draws(prior):
+    site = Site("V", prior.to_event(1), ())
     q = Exponentials().bind(site)
     with pytest.raises(NotImplementedError):
         assert q.distribution().mean
-    torch.manual_seed(5)
-    first, after = q.center(), torch.randn(3)
+    state = torch.get_rng_state()
+    first = q.center()
+    assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     assert torch.equal(q.center(), first)
-    torch.manual_seed(5)
-    assert torch.equal(torch.randn(3), after)
     mean = site.transform.inv(first)
     torch.testing.assert_close(mean, torch.full((3, 2), math.exp(1 / 8)), atol=0.1, rtol=0)
-
-
-def test_amortized_starts_as_mean_field():
-    a, b = bound(Amortized(context_size=3)), bound(MeanField())
-    context = torch.randn(5, 1, 3)
-    law = a.distribution(context)
-    assert law.batch_shape == (5, 1)
-    for found in law.mean, law.variance:
-        assert found.shape == (5, 1, 1, 2)
-    torch.testing.assert_close(law.variance[2], b.distribution().variance)
 
 
 def test_amortized_bounds_the_evidence_of_a_local_model():
@@ -315,10 +275,10 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
     evidence = dist.Normal(0.0, (x.square() + s**2).sqrt()).log_prob(y).mean()
 
     def local_elbo(q, repeats):
-        law = q.conditional(context).expand((24, 1))
-        V = law.rsample((repeats,))
+        density = q.conditional(context).expand((24, 1))
+        V = density.rsample((repeats,))
         fit = dist.Normal(x * V[..., 0, 0, 0], s).log_prob(y)
-        return (fit - (law.log_prob(V) - q.site.prior.log_prob(V))[..., 0]).mean()
+        return (fit - (density.log_prob(V) - q.site.prior.log_prob(V))[..., 0]).mean()
 
     found, context = {}, torch.stack([x, y, x * y], -1)[:, None]
     for name, family in {"amortized": Amortized(context_size=3), "shared": MeanField()}.items():
@@ -335,21 +295,17 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
 
 
 @pytest.mark.parametrize(
-    ("make", "match"),
+    "make",
     [
-        (lambda: bound(FullRank(), event=(8, 200)), r"1,600 is more than max_size=1024; use Mean"),
-        (lambda: LowRank(rank=0), "rank must be at least 1, got 0"),
-        (lambda: Mixture(components=1), "use MeanField for one"),
-        (lambda: Ensemble(members=1), "use Delta for one"),
-        (lambda: Flow(flows=()), "must be a tuple"),
-        (lambda: Flow(flows=("splin",)), "'splin' is unknown; .*spline"),
-        (lambda: bound(Amortized()), "has no input embeddings"),
+        lambda: bound(FullRank(), event=(8, 200)),
+        lambda: LowRank(rank=0),
+        lambda: Mixture(components=1),
+        lambda: Ensemble(members=1),
+        lambda: Flow(flows=()),
+        lambda: Flow(flows=("splin",)),
+        lambda: bound(Amortized()),
     ],
 )
-def test_what_a_family_cannot_do_is_said(make, match):
-    with pytest.raises(ConfigurationError, match=match):
+def test_what_a_family_cannot_do_is_refused(make):
+    with pytest.raises(ConfigurationError):
         make()
-
-
-def test_a_point_has_no_density():
-    assert bound(Delta()).distribution().log_prob(torch.zeros(1, 1, 2)) == 0

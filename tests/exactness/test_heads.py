@@ -87,7 +87,6 @@ def test_logits_and_gradients_are_the_full_ones(name, targets, particles, tokens
 
 @pytest.mark.parametrize("targets", ["body", "both"])
 def test_the_head_is_left_as_it_was(targets):
-    """Also when the forward fails halfway."""
     blora, inputs = make("llama", targets)
     head, (positions, mask) = blora.net.lm_head, some()
     hooks = len(head._forward_pre_hooks), len(head._forward_hooks)
@@ -104,7 +103,6 @@ def test_the_head_is_left_as_it_was(targets):
 
 @torch.no_grad()
 def test_a_replaced_forward_is_kept():
-    """As accelerate replaces it to move inputs between devices."""
     blora, inputs = make("llama", "both")
     head, (positions, mask), calls = blora.net.lm_head, some(), []
     replaced = head.forward
@@ -128,7 +126,6 @@ class OwnHead(torch.nn.Linear):
 @pytest.mark.parametrize("tokens", [TOKENS, torch.randperm(VOCABULARY).tolist()])
 @pytest.mark.parametrize("targets", ["body", "head"])
 def test_a_head_whose_rows_cannot_be_picked(tokens, targets):
-    """Everything is computed and the tokens are read off, a permutation of all among them."""
     net = llama()
     net.lm_head.__class__ = OwnHead
     blora, inputs = make("llama", targets, net)

@@ -30,30 +30,6 @@ def test_mean_is_the_dense_one(scale):
         torch.testing.assert_close(dW[layer], Dense(prior, layer).mean(V[layer]))
 
 
-def test_factors_are_lora_s():
-    """``B = sigma T_r U`` and ``A = T_c``: the same update with the core split otherwise."""
-    prior = bind(KroneckerInducing(rank=RANK))
-    V = torch.randn(N, *RANK)
-    update = conditioned(prior, V)
-    for layer in range(N):
-        dense = Dense(prior, layer)
-        A = torch.linalg.inv(dense.L_c.mT) @ update.A[layer]
-        B = update.B[layer] @ update.core[layer] @ dense.L_c.mT
-        U = dense.L_r @ V[layer] @ dense.L_c.mT
-        torch.testing.assert_close(A, dense.T_c)
-        torch.testing.assert_close(B, dense.sigma * dense.T_r @ U)
-
-
-def test_particles_are_draws_of_one_prior():
-    prior = bind(KroneckerInducing(rank=RANK))
-    V = torch.randn(6, N, *RANK)
-    with pyro.plate("particles", 6, dim=-2):
-        dW = weights(conditioned(prior, V))
-    assert dW.shape[:2] == (6, N)
-    for p in range(6):
-        torch.testing.assert_close(dW[p], weights(conditioned(prior, V[p])))
-
-
 def test_gradients_are_those_of_the_dense_formula():
     prior = bind(KroneckerInducing(rank=RANK))
     V, G = torch.randn(N, *RANK), torch.randn(N, 4, 5)

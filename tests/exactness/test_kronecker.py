@@ -16,15 +16,6 @@ def sides(*batch, m=3, d=5):
     return torch.randn(*batch, m, d), torch.rand(*batch, m) + 0.1
 
 
-def test_inducing_covariance_by_loops():
-    Z, D = sides()
-    expected = torch.zeros(3, 3)
-    for i in range(3):
-        for j in range(3):
-            expected[i, j] = sum(Z[i, k] * Z[j, k] for k in range(5)) + (i == j) * D[i] ** 2
-    torch.testing.assert_close(inducing_covariance(Z, D), expected)
-
-
 @pytest.mark.parametrize("batch", BATCHES)
 def test_whiten(batch):
     Z, D = sides(*batch)
@@ -64,9 +55,3 @@ def test_without_checks_the_factor_is_the_same_and_a_failure_is_nan():
     with pyro.validation_enabled(False):
         torch.testing.assert_close(whiten(Z, Psi)[0], L)
         assert whiten(Z, -Psi)[0].isnan().all()
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-def test_whitened_directions_are_differentiable(batch):
-    Z, D = (x.requires_grad_() for x in sides(*batch))
-    assert torch.autograd.gradcheck(lambda Z, D: whiten(Z, inducing_covariance(Z, D)), (Z, D))

@@ -2,6 +2,7 @@
 
 import pyro
 import pytest
+import tiny
 import torch
 from linear_gaussian import Toy, divergence
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
@@ -22,8 +23,7 @@ GUIDES = [Delta, MeanField, MatrixNormal]
 
 def estimates(toy, kind, particles, repeats):
     """ELBO estimates, each an average over particles that all see all of the data."""
-    elbo = kind(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
-    batch = repeat_batch(toy.batch, particles)
+    elbo, batch = tiny.elbo(particles, kind), repeat_batch(toy.batch, particles)
     with torch.no_grad():
         losses = [elbo.loss(toy.blora.model, toy.blora.guide, batch) for _ in range(repeats)]
     return -torch.tensor(losses)
@@ -43,7 +43,6 @@ def test_mean_field_reaches_a_diagonal_posterior():
 
 
 def test_mean_field_reports_conditional_variances():
-    """Of a correlated posterior it keeps the mean and the diagonal of the precision."""
     toy = Toy(MeanField()).fit()
     mean, covariance = toy.moments()
     torch.testing.assert_close(mean, toy.posterior.mean, rtol=0, atol=1e-5)
@@ -55,7 +54,6 @@ def test_mean_field_reports_conditional_variances():
 
 
 def test_matrix_normal_is_closer_than_mean_field_to_a_general_posterior():
-    """Neither contains it; the gap to the log evidence is the divergence from it, for both."""
     gaps = {}
     for family in (MeanField, MatrixNormal):
         torch.manual_seed(0)
@@ -67,7 +65,6 @@ def test_matrix_normal_is_closer_than_mean_field_to_a_general_posterior():
 
 @pytest.mark.parametrize("family", [MeanField, MatrixNormal])
 def test_what_the_variance_of_draws_at_the_training_inputs_is(family):
-    """As theory.md says: too much with mean field, and proportional to the weight of the KL."""
     for weight in (1.0, 0.3):
         torch.manual_seed(0)
         toy = Toy(family(), ranks=(3, 3)).fit(weight)
@@ -91,7 +88,6 @@ def test_delta_reaches_the_mode():
 
 @pytest.mark.parametrize("setting", KRONECKER)
 def test_at_the_posterior_every_draw_gives_the_log_evidence(setting):
-    """log p(y, V) - log q(V) is then a constant: Pyro's own ELBO without Monte Carlo error."""
     toy = Toy(MatrixNormal(), **KRONECKER[setting]).fit()
     values = estimates(toy, Trace_ELBO, 3, 5)
     torch.testing.assert_close(values, toy.log_evidence.expand(5), rtol=0, atol=1e-3)
@@ -126,8 +122,7 @@ def test_gradients_of_pyro_s_elbo_are_the_exact_ones_in_expectation(family):
     toy = Toy(family())
     parameters = list(toy.blora.guide.parameters())
     exact = torch.autograd.grad(-toy.elbo(), parameters)
-    elbo = TraceMeanField_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1)
-    batch = repeat_batch(toy.batch, 200)
+    elbo, batch = tiny.elbo(200), repeat_batch(toy.batch, 200)
     draws = []
     for _ in range(40):
         loss = elbo.differentiable_loss(toy.blora.model, toy.blora.guide, batch)
@@ -139,11 +134,9 @@ def test_gradients_of_pyro_s_elbo_are_the_exact_ones_in_expectation(family):
 
 
 def test_svi_itself_reaches_the_posterior():
-    """The README's loop, a particle for each of a few copies of the data."""
     toy = Toy(MatrixNormal(init_scale=1.0), ranks=(1, 3))
     decay = {"lr": 0.1, "lrd": 0.05 ** (1 / 400)}
-    elbo = TraceMeanField_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(toy.blora.model, toy.blora.guide, pyro.optim.ClippedAdam(decay), elbo)
+    svi = SVI(toy.blora.model, toy.blora.guide, pyro.optim.ClippedAdam(decay), tiny.elbo(32))
     batch, before = repeat_batch(toy.batch, 32), divergence(toy)
     for _ in range(400):
         svi.step(batch)

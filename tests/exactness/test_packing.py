@@ -4,15 +4,14 @@ import pyro
 import pytest
 import tiny
 import torch
-from choice_batches import BATCHES, LONG, Q, batch_of, premises
+from choice_batches import BATCHES, batch_of, premises
 from elbo_estimates import loud
-from pyro.infer import TraceMeanField_ELBO
 from tiny import adapted, gpt2, llama, qwen2
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import MultipleChoice
-from pyro_blora.likelihoods.packing import pack, supports_packing
+from pyro_blora.likelihoods.packing import supports_packing
 
 NETS = {
     "llama": lambda: llama(attn_implementation="sdpa"),
@@ -51,7 +50,7 @@ def test_scores_by_hand(name, case):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETS)
-def test_the_network_is_asked_whether_it_packs(name):
+def test_the_network_is_probed_once_for_packing(name):
     net = NETS[name]()
     rows = []
     net.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(out)))
@@ -59,7 +58,7 @@ def test_the_network_is_asked_whether_it_packs(name):
     likelihood = MultipleChoice()
     for _ in range(2):
         likelihood.logits(net, batch)
-    # Asked once, packed (1 row) and not (2); then a row for each item.
+    # Probed once, packed (1 row) and not (2); then a row for each item.
     assert rows == [1, 2, len(batch["labels"]), len(batch["labels"])]
     assert likelihood.options()["pack"] is None
 
@@ -78,27 +77,6 @@ def test_a_network_that_ignores_the_mask_does_not_pack():
         assert not supports_packing(net)
 
 
-def test_packing_shortens_and_keeps_every_scored_token():
-    batch = batch_of([(LONG, [(5, 6), (7,), (8, 9)], 0)])
-    rows = pack(batch)
-    assert rows.inputs["input_ids"].shape == (1, len(LONG) + 2 + 1 + 2)
-    assert rows.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 6, 6, 7]]
-    assert rows.targets[rows.mask].tolist() == [5, 6, 7, 8, 9]
-    assert rows.options[rows.mask].tolist() == [0, 0, 1, 2, 2]
-    # The first token of every option is predicted by the question's last.
-    assert rows.positions[rows.mask].tolist() == [5, 6, 5, 5, 9]
-
-
-def test_no_option_sees_another():
-    """Equal first option tokens belong to their options, though the prefix could take them in."""
-    rows = pack(batch_of([(Q, [(5, 6), (5, 7)], 0)]))
-    seen = rows.inputs["attention_mask"][0, 0]
-    assert rows.inputs["input_ids"].tolist() == [[*Q, 5, 6, 5, 7]]
-    expected = torch.ones(7, 7).tril().bool()
-    expected[5:, 3:5] = False
-    assert torch.equal(seen, expected)
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_first_token_is_not_scored(packed):
     batch = batch_of([((), [(5, 6), (7,)], 0)])
@@ -110,7 +88,6 @@ def test_a_first_token_is_not_scored(packed):
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("head", [False, True])
 def test_adapters_particles_and_gradients(name, particles, head):
-    """The loss and the gradients of SVI are the same packed and not."""
     targets = list(TARGETS.get(name, ["q_proj", "v_proj", "lm_head"]))
     batch = batch_of(BATCHES["absent options"])
     blora = adapted(
@@ -119,9 +96,7 @@ def test_adapters_particles_and_gradients(name, particles, head):
         likelihood=MultipleChoice(num_data=6),
     )
     tiny.shaken(blora.guide, 0.5)
-    elbo = TraceMeanField_ELBO(
-        num_particles=particles, vectorize_particles=True, max_plate_nesting=1
-    )
+    elbo = tiny.elbo(particles)
     losses, gradients = [], []
     for packed in (True, False):
         blora.likelihood.pack = packed

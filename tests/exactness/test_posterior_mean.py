@@ -76,10 +76,3 @@ def test_it_is_the_same_every_time_and_leaves_no_trace(family):
     assert all(torch.equal(a, b) for a, b in zip(buffers, blora.buffers(), strict=True))
     blora.predict(BATCH, 3)
     assert torch.equal(blora.predict(BATCH, 0).samples, first)
-
-
-def test_without_a_random_scale_it_is_the_center_itself():
-    blora = moved(PRIORS[-1], guides.MatrixNormal())
-    V = blora.guide.families()["q_proj.V"].loc
-    sigma = blora.model.q_proj.layer_scale()[:, None, None]
-    torch.testing.assert_close(blora.posterior.draws(0)["q_proj"].core, sigma * V)

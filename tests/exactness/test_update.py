@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pyro_blora.errors import ParticleError
 from pyro_blora.updates import LowRankUpdate
 
 N, ROWS, LENGTH = 3, 6, 4  # layers, rows of the batch, positions
@@ -49,9 +48,3 @@ def test_a_layer_adds_the_dense_weight(shape, options):
             torch.testing.assert_close(layer(x, base), expected)
             assert torch.equal(base, before)  # or in a hook
             torch.testing.assert_close(layer(x, base.mT.contiguous().mT), expected)
-
-
-def test_rows_that_do_not_divide_are_refused():
-    layer = update(5, 7, core_particles=(4,)).layers()[0]
-    with pytest.raises(ParticleError, match=r"6 rows .* 4 particles"):
-        layer(torch.randn(ROWS, LENGTH, 7), torch.randn(ROWS, LENGTH, 5))

@@ -19,7 +19,6 @@ S, NEW = 3, 5
 
 
 def adapter(net=None, width=0.4, **options):
-    """With draws that differ."""
     options |= {"likelihood": likelihoods.CausalLM(num_data=3), "target_modules": None}
     blora = tiny.adapted(net, **options)
     tiny.shaken(blora.guide, width)
@@ -40,7 +39,6 @@ def prompts(rows=2, padded=0):
 
 
 def both(blora, batch, **options):
-    """What is generated, and what the judge generates from the same seed."""
     options = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 2, **options}
     torch.manual_seed(3)
     found = blora.generate(**batch, num_samples=S, **options)
@@ -64,7 +62,6 @@ DECODING = {
 
 @pytest.mark.parametrize("decoding", DECODING)
 def test_tokens_are_those_of_the_average(blora, decoding):
-    """The first prompt is padded on the left."""
     found, expected, _ = both(blora, prompts(padded=2), **DECODING[decoding])
     assert torch.equal(found.sequences, expected)
 
@@ -94,7 +91,6 @@ def test_each_token_has_the_numbers_of_its_own_row(blora, decoding):
 
 
 def test_an_amortized_guide_has_draws_for_each_prompt():
-    """Alone or beside another, a prompt's mean is the same."""
     blora = adapter(guide=guides.Amortized())
     batch, options = prompts(3), {"num_samples": 0, "max_new_tokens": NEW}
     whole = blora.generate(**batch, **options)
@@ -105,7 +101,6 @@ def test_an_amortized_guide_has_draws_for_each_prompt():
 
 
 def at(token):
-    """A criterion: a row ends with this token."""
     return [lambda input_ids, scores, **options: input_ids[:, -1] == token]
 
 
@@ -215,7 +210,6 @@ def test_a_compiled_network_gives_the_same():
 
 
 def test_under_peft():
-    """The network may be wrapped: what generates is found inside."""
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["o_proj"]))
     out = adapter(wrapped).generate(**prompts(), num_samples=S, max_new_tokens=NEW)

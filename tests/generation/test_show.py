@@ -22,7 +22,6 @@ def generation(rows):
 
 
 def test_each_word_has_the_color_of_its_token():
-    """A character of several tokens that of the largest; a shorter sequence ends where it ends."""
     text = " cat sat ☃ on\na é"  # of a snowman no token has more than a byte
     (prompt,) = TOKENIZER("the", add_special_tokens=False)["input_ids"]
     ids = TOKENIZER(text)["input_ids"]

@@ -1,4 +1,4 @@
-"""Each adapter is its own, whatever other adapters there are, were, and were asked."""
+"""Each adapter is its own, whatever other adapters there are, were, and have answered."""
 
 import copy
 import itertools
@@ -39,7 +39,6 @@ def adapted(seed, base):
 
 
 def alone(folder):
-    """Each adapter by its kind, without any other."""
     return {
         "trained": lambda: adapted(1, net()),
         "loaded": lambda: BayesianLoRA.from_pretrained(net(), folder / "saved"),
@@ -50,7 +49,6 @@ def alone(folder):
 
 
 def together(folder):
-    """The same five in one process; two of them share a network."""
     made = {kind: alone(folder)[kind]() for kind in ("trained", "loaded", "peft")}
     made["copied"] = trained_on(copy.deepcopy(made["trained"]), 3)
     made["trained"].model.detach()
@@ -83,7 +81,6 @@ def answer(blora, question, folder):
 
 
 def test_five_adapters_answer_as_they_do_alone(tmp_path):
-    """Whatever was asked of whichever of them right before."""
     maker, expected = adapted(4, net()), {}
     maker.save_pretrained(tmp_path / "saved")
     maker.export_peft(tmp_path / "lora")
@@ -172,7 +169,6 @@ INPUTS = tiny.unlabeled(BATCH)
 
 
 def adapters():
-    """Of text, and of classes by a head that is trained."""
     torch.manual_seed(0)
     text = tiny.adapted(likelihood=CausalLM(num_data=10))
     options = {"target_modules": None, "likelihood": SequenceClassification(num_data=10)}
@@ -205,14 +201,14 @@ def test_eight_threads_get_what_one_gets_and_leave_the_network_as_it_was():
     before = [{n: t.clone() for n, t in a.net.state_dict().items()} for a in both]
     ask = questions(*both)
     expected = [question() for question in ask]
-    asked = [k % len(ask) for k in range(64)]
+    order = [k % len(ask) for k in range(64)]
     pairs = list(zip(both, (tiny.texts(), BATCH), strict=True))
     with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(ask[k]) for k in asked]
+        waiting = [pool.submit(ask[k]) for k in order]
         drawn = [pool.submit(a.log_predictive, row, 2) for a, row in pairs * 8]
         found = [future.result() for future in waiting]
         assert all(future.result().isfinite().all() for future in drawn)
-    for k, answer in zip(asked, found, strict=True):
+    for k, answer in zip(order, found, strict=True):
         assert torch.equal(answer, expected[k]), k
     for blora, state in zip(both, before, strict=True):
         net = blora.unwrap()
@@ -227,9 +223,9 @@ def test_a_training_is_as_alone_while_others_ask():
         torch.manual_seed(2)
         with ThreadPoolExecutor(4) as pool:
             training = pool.submit(tiny.train, classes)
-            asked = [pool.submit(text.log_predictive, tiny.texts(), 3) for _ in range(others)]
+            waiting = [pool.submit(text.log_predictive, tiny.texts(), 3) for _ in range(others)]
             losses = [figures["loss"] for figures in training.result().history]
-            assert all(future.result().isfinite().all() for future in asked)
+            assert all(future.result().isfinite().all() for future in waiting)
         return losses
 
     assert trained(12) == trained(0)

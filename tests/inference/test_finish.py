@@ -16,8 +16,6 @@ from pyro_blora.models import GaussianFactors, KroneckerInducing
 
 
 class Classes(Likelihood):
-    """Classes by a linear network of ``x`` (B x d_in)."""
-
     keys = ("x",)
 
     def logits(self, net, batch):
@@ -69,7 +67,6 @@ def test_diagonal_laplace_is_the_dense_one():
 
 @pytest.mark.parametrize("ranks", [(1, 3), (2, 1)])
 def test_kronecker_laplace_is_the_dense_one_of_a_product(ranks):
-    """With one row, or one column, it always is."""
     toy = Logistic(Laplace(), ranks=ranks)
     H = toy.gauss_newton()
     (delta,) = finish(toy.blora, toy.rows, collate=toy.collate).values()
@@ -96,7 +93,6 @@ def test_a_part_of_the_data_is_scaled_to_the_whole():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
 def test_the_marginal_likelihood_is_highest_at_the_chosen_precision(scale):
-    """Also where the curvature says next to nothing against the precision."""
     values = scale * torch.tensor([0.1, 3.0, 40.0, 700.0]).double()
     loc = torch.tensor([0.2, -1.0, 0.5, 2.0]).double() * scale**0.5
 
@@ -112,7 +108,6 @@ def test_the_marginal_likelihood_is_highest_at_the_chosen_precision(scale):
 
 
 def test_fit_finishes_and_the_width_travels():
-    """Of a prior so narrow that the density of a point is above one, which is no negative KL."""
     prior = GaussianFactors(rank=2, random="A", sigma=0.2)
     blora = tiny.adapted(prior=prior, guide=Laplace(), num_data=10)
     tiny.train(blora)

@@ -7,27 +7,12 @@ import pytest
 import tiny
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from waits import Waits
 
 from pyro_blora.errors import NonFiniteLossError
 from pyro_blora.inference import fit, loop
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
-
-WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would stop the host until an accelerator has caught up."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        indices = args[1] if name == "index" else ()
-        masked = any(i is not None and i.dtype == torch.bool for i in indices)
-        self.count += name in WAITS or masked
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -64,7 +49,6 @@ def test_a_step_waits_for_the_device_a_few_times(monkeypatch, after_step, likeli
     ],
 )
 def test_what_is_not_finite_is_named(name, value):
-    """The last one is finite, but its log-probability overflows."""
     blora = tiny.adapted(num_data=10)
     torch.nn.init.constant_(blora.get_parameter(f"{name}_unconstrained"), value)
     with pytest.raises(NonFiniteLossError, match=name.partition(".")[2].partition("_V")[0]):

@@ -65,7 +65,6 @@ def test_every_way_of_asking_takes_the_predictive_of_the_method(method, tmp_path
 
 @pytest.mark.parametrize("samples", [None, 0, 3])
 def test_a_validation_is_the_trainers_evaluation(samples, tmp_path):
-    """Of as many draws as a prediction has, unless another number is given."""
     blora = tiny.adapted(num_data=4)
     options = {"num_steps": 2, "eval_samples": samples}
     ((_, nll),) = tiny.train(blora, ROWS, validation=ROWS, **options).validation
@@ -127,7 +126,6 @@ def saved(blora, folder):
 
 
 def refitted(blora):
-    """It trains on from the state, all that is to be trained."""
     history = tiny.train(blora, num_steps=3, precision="float32").history
     losses = [figures["loss"] for figures in history]
     return torch.tensor([*losses, *QUESTIONS["draws"](blora).flatten()])
@@ -136,7 +134,6 @@ def refitted(blora):
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("parts", STORED)
 def test_a_state_from_the_store_is_taken_whole(parts, local, tmp_path):
-    """The guide's, the prior's and a head's, whatever is asked first."""
     store = pyro.get_param_store()
     asks = {**QUESTIONS, "save": partial(saved, folder=tmp_path)}
     if parts == "MatrixNormal":
@@ -181,7 +178,6 @@ def test_an_amortized_mean_is_that_of_the_input_or_there_is_none(prior, tmp_path
 
 
 def test_a_batch_may_bring_a_context_of_its_own():
-    """The rows are alike, so that only their contexts can tell their labels."""
     batch = {key: value[:1].expand(6, -1) for key, value in UNLABELED.items()}
     labels = torch.arange(6) % 3
     batch |= {"labels": labels, "context": 2 * torch.eye(3)[labels]}
@@ -189,9 +185,9 @@ def test_a_batch_may_bring_a_context_of_its_own():
     data, rates = DataLoader([batch], batch_size=None), {"mean": 0.05, "direction": 0.1}
     tiny.train(blora, data, num_steps=30, learning_rates=rates, kl_weight=0.1)
     other = {**batch, "context": batch["context"].roll(1, 0)}
-    for asked, right in ((batch, labels), (other, labels.roll(1))):
+    for rows, right in ((batch, labels), (other, labels.roll(1))):
         for num_samples in (0, 20):
-            assert blora.predict(asked, num_samples).probs.gather(-1, right[:, None]).min() > 0.5
+            assert blora.predict(rows, num_samples).probs.gather(-1, right[:, None]).min() > 0.5
 
 
 def test_an_amortized_adapter_of_options_writes_text():

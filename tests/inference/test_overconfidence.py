@@ -54,7 +54,6 @@ def questions(rows, seed, *, known):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_options_are_even_only_where_nothing_can_be_known(seed):
-    """The scale of the scores can neither collapse nor claim what is not there."""
     net, nll, likelihood = tiny.llama(), {}, MultipleChoice(num_data=160)
     options = {"num_steps": 80, "batch_size": 8, "seed": seed, "progress": False}
     for known in (True, False):

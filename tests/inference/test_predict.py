@@ -21,7 +21,6 @@ from pyro_blora.posterior.posterior import rows_of_a_pass
 
 
 def moved(**options):
-    """An adapter whose posterior mean is not zero."""
     blora = tiny.adapted(**options)
     for name, parameter in blora.guide.named_parameters():
         if "loc" in name:
@@ -43,7 +42,6 @@ def test_no_samples_is_the_network_at_the_posterior_mean():
 @torch.no_grad()
 @pytest.mark.parametrize("num_samples", [0, 1])
 def test_the_mean_has_no_noise_and_one_draw_is_held(num_samples):
-    """Neither of the guide nor, at the mean, of the conditional."""
     prior = KroneckerInducing(rank=2, conditional="deterministic" if num_samples else "exact")
     blora, batch, found = moved(prior=prior), tiny.sequences(), []
     for _ in range(2):
@@ -59,9 +57,8 @@ def test_the_mean_has_no_noise_and_one_draw_is_held(num_samples):
     ("draws", "max_rows", "expected"), [(20, None, [64, 16]), (5, 1, [4] * 5), (5, 11, [8, 8, 4])]
 )
 def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
-    """And few of them on a CPU; a draw sees the whole batch."""
     batch = tiny.sequences(4, 16)
-    blora, sizes = tiny.asked(tiny.adapted()), []
+    blora, sizes = tiny.probed(tiny.adapted()), []
     assert rows_of_a_pass(blora.model, batch) == 64
     assert rows_of_a_pass(blora.model, {**batch, "input_ids": torch.ones(1, 5000)}) == 1
     note = lambda _, args, inputs: sizes.append(len(inputs["input_ids"]))  # noqa: E731
@@ -73,7 +70,7 @@ def test_a_pass_has_as_many_rows_as_it_may(draws, max_rows, expected):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("num_samples", [0, 2])
 def test_each_part_is_left_in_its_own_mode(training, num_samples):
-    blora, batch = tiny.asked(tiny.adapted()), tiny.sequences()
+    blora, batch = tiny.probed(tiny.adapted()), tiny.sequences()
     blora.net.train(training)
     blora.net.model.layers[0].eval()
     before = [module.training for module in blora.net.modules()]
@@ -88,7 +85,7 @@ def test_each_part_is_left_in_its_own_mode(training, num_samples):
 
 def test_between_two_passes_the_network_is_in_its_own_mode():
     """Two predictions may take turns, and the one that ends first leaves the other as it was."""
-    blora, batch, modes = tiny.asked(tiny.adapted()), tiny.sequences(), []
+    blora, batch, modes = tiny.probed(tiny.adapted()), tiny.sequences(), []
     blora.net.train()
     blora.net.register_forward_pre_hook(lambda net, args: modes.append(net.training))
     one, other = (blora.posterior.logits(batch, n, max_rows=1) for n in (1, 3))
@@ -127,7 +124,6 @@ def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
     ],
 )
 def test_log_predictive_is_that_of_the_mean_probability(build, likelihood, num_samples, max_rows):
-    """Of probabilities that no label is needed for."""
     batch = tiny.choices(4) if isinstance(likelihood, MultipleChoice) else tiny.sequences()
     blora = moved(net=build(), target_modules=None, likelihood=likelihood)
     torch.manual_seed(0)
@@ -140,17 +136,11 @@ def test_log_predictive_is_that_of_the_mean_probability(build, likelihood, num_s
     torch.testing.assert_close(found, expected)
 
 
-def test_the_classes_of_free_text_are_not_predicted():
-    with pytest.raises(ConfigurationError, match="use log_predictive"):
-        tiny.adapted(likelihood=CausalLM(num_data=4)).predict(tiny.texts())
-
-
 ROWS = tiny.examples(22)
 
 
 @pytest.mark.parametrize("size", [4, 7, None])
 def test_all_examples_are_predicted_in_the_order_of_the_data(size):
-    """Of a loader, and of a list, which is sorted by length."""
     blora, rows = moved(), ROWS[::-1]
     data = DataLoader(rows, size, collate_fn=tiny.collate) if size else rows
     options = {"num_samples": 0, "progress": False, "collate": None if size else tiny.collate}
@@ -242,16 +232,15 @@ def headed():
     return blora, tiny.sequences()
 
 
-def amortized():
-    return tiny.adapted(guide=Amortized()), tiny.sequences()
+PARTS = [
+    choosing,
+    headed,
+    lambda: (tiny.adapted(guide=Amortized()), tiny.sequences()),
+    lambda: (tiny.adapted(guide=AutoNormal), tiny.sequences()),  # one that has not run
+]
 
 
-def untouched():
-    """An AutoGuide that has not run, and never does."""
-    return tiny.adapted(guide=AutoNormal), tiny.sequences()
-
-
-@pytest.mark.parametrize("make", [choosing, headed, amortized, untouched])
+@pytest.mark.parametrize("make", PARTS)
 def test_a_prediction_is_that_of_the_conditioned_model(make):
     blora, batch = make()
     samples = values(blora)
@@ -291,22 +280,16 @@ Q, V = "q_proj.V", "v_proj.V"
 def test_values_that_are_no_draws_are_refused():
     blora, batch = tiny.adapted(), tiny.sequences()
     s = values(blora)
-    for changed in (
-        *({Q: s[Q][None]}, {Q: s[Q][..., :1]}, {Q: s[Q][:0], V: s[V][:0]}, {V: s[V][:2]}),
-        {Q: s[Q] * math.nan},
-    ):
+    wrong = [{Q: s[Q][None]}, {Q: s[Q][..., :1]}, {V: s[V][:2]}, {Q: s[Q] * math.nan}]
+    wrong.append({Q: s[Q][:0], V: s[V][:0]})
+    for samples in [{Q: s[Q]}, *(s | changed for changed in wrong)]:
         for ask in (blora.predict, blora.log_predictive):
             with pytest.raises(ConfigurationError):
-                ask(batch=batch, samples=s | changed)
-    with pytest.raises(ConfigurationError):
-        blora.predict(batch, samples={Q: s[Q]})
-
-
-def test_unconstrained_values_and_a_linearization_are_refused():
-    blora, batch = headed()
-    samples = values(blora)
-    tau = next(name for name in samples if name.endswith("tau"))
-    with pytest.raises(ConfigurationError, match="outside of it"):
-        blora.predict(batch, samples={**samples, tau: samples[tau].log() - 9})
+                ask(batch=batch, samples=samples)
     with pytest.raises(ConfigurationError, match="linearized"):
-        blora.predict(batch, samples=samples, linearized=True)
+        blora.predict(batch, samples=s, linearized=True)
+    blora, batch = headed()
+    s = values(blora)
+    tau = next(name for name in s if name.endswith("tau"))
+    with pytest.raises(ConfigurationError, match="outside of it"):  # unconstrained
+        blora.predict(batch, samples={**s, tau: s[tau].log() - 9})

@@ -46,7 +46,6 @@ def blora(tmp_path):
 
 
 def state(blora, folder):
-    """Everything that a refused call may not change."""
     parts = {**blora.state_dict(), **{f"net {n}": t for n, t in blora.net.state_dict().items()}}
     found = {name: value.clone() for name, value in parts.items()}
     found["torch"] = torch.get_rng_state()
@@ -68,7 +67,8 @@ FIT = [
     {"train": DataLoader([])}, {"train": "no.csv"}, {"train": (r for r in ROWS)}, {"patience": 3},
     {"train": BATCHES}, {"train": UNLABELED}, {"held_out": 1.5},
     {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple}, {"callback": 3},
-    {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
+    {"learning_rates": {"mean": -0.05}}, {"num_steps": None, "num_epochs": math.nan},
+    {"batch_size": 2.5}, {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
     {"patience": 0, "validation": ROWS}, {"train": UNLABELED, "validation": [1], "collate": None},
 ]  # fmt: skip
 
@@ -82,7 +82,6 @@ def with_trainer(call=lambda run, folder: None, **options):
 
 
 def compared(method, out, tokenizer=None, **options):
-    """``compare`` of one method."""
     task = load_task("facts", max_test=3)
     return lambda b, d: compare((b.net, tokenizer), task, [method], out=d / out, **options)
 
@@ -96,6 +95,8 @@ CALLS = {
     "calibrate, labels": lambda b, d: b.calibrate(BAD, tiny.collate),
     "calibrate, late": lambda b, d: b.calibrate(ROWS + LAST, tiny.collate),
     "distill, draws": lambda b, d: b.distill(ROWS, tiny.collate, num_samples=1),
+    "distill, half a draw": lambda b, d: b.distill(ROWS, tiny.collate, num_samples=2.5),
+    "predict, draws": lambda b, d: b.predict(tiny.sequences(), True),
     "predict, batch": lambda b, d: b.predict({"input_ids": [[1]]}),
     "predict, sites": lambda b, d: b.predict(tiny.sequences(), samples={}),
     "predict, texts": lambda b, d: b.predict(["a"]),
@@ -108,6 +109,7 @@ CALLS = {
     "generate, prompt": lambda b, d: b.generate(None, num_samples=-1),
     "export, theirs": lambda b, d: b.export_peft(d / "theirs"),
     "export, draws": lambda b, d: b.export_peft(d / "lora", num_samples=-2),
+    "export, half a draw": lambda b, d: b.export_peft(d / "lora", 2.5),
     "wrapped twice": lambda b, d: BayesianLoRA(b.net, target_modules=["q_proj"]),
     "no layer": lambda b, d: BayesianLoRA(b.net, target_modules=["nothing"]),
     "from_pretrained": lambda b, d: BayesianLoRA.from_pretrained(b.net, d / "theirs"),
@@ -152,7 +154,6 @@ def test_an_adapter_without_parameters_to_train_is_refused():
 
 
 def raising(error, calls):
-    """A collator that raises at one of its calls."""
     count = 0
 
     def collate(rows):

@@ -133,7 +133,6 @@ def test_the_gradient_of_a_head_is_that_of_the_plain_network():
 
 
 def test_an_encoder_decoder_classifies_sequences():
-    """Each row ends in the token that T5 reads its class from."""
     ends = BATCH["attention_mask"].sum(-1, keepdim=True) - 1
     batch = {**BATCH, "input_ids": BATCH["input_ids"].scatter(1, ends, 1)}
     sizes = {"vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2}

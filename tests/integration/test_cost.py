@@ -15,8 +15,6 @@ from pyro_blora.models import KroneckerInducing
 
 
 class Operators(TorchDispatchMode):
-    """Counts the calls of each operator."""
-
     def __init__(self):
         super().__init__()
         self.calls = Counter()
@@ -52,7 +50,6 @@ PRIORS = {**tiny.priors(), **NOISY}
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_no_tensor_has_the_shape_of_a_weight_but_the_weight(prior):
-    """In a training step, in a prediction by draws and in one that is linearized."""
     # q_proj 40 x 40 and v_proj 20 x 40: sizes that nothing else has
     blora = tiny.adapted(tiny.llama(hidden_size=40), prior=PRIORS[prior], guide=MeanField())
     shapes = [tuple(m.weight.shape) for g in blora.model.groups for m in g.modules]
@@ -111,7 +108,7 @@ def test_sites_and_factorizations_do_not_grow_with_the_depth(prior, family):
 
 def test_one_pass_for_all_particles_has_the_read_positions_in_the_head():
     net, batch = tiny.llama(), tiny.sequences(8)
-    blora = tiny.asked(tiny.adapted(net))
+    blora = tiny.probed(tiny.adapted(net))
     shapes, forward = [], net.lm_head.forward  # a hook would have it read all positions
     net.lm_head.forward = lambda x: shapes.append(x.shape[:-1].numel()) or forward(x)
     tiny.elbo(8)(blora.model, blora.guide)(batch)

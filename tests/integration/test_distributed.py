@@ -16,7 +16,6 @@ ROOT = PROGRAM.parents[2]
 
 
 def run(*command):
-    """What the processes of a command say; none of them may fail."""
     paths = (ROOT, ROOT / "tests", ROOT / "tutorials", os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
@@ -29,7 +28,6 @@ def run(*command):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """One test of all, for the processes are started once."""
     run(PROGRAM, tmp_path / "one")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     said = run(*torchrun, PROGRAM, tmp_path / "two")

@@ -18,7 +18,6 @@ CLASSES = ("cold", "warm", "wet")
 
 
 def saved(folder):
-    """An adapter, and its base and itself in the folder."""
     tokenizer, net = build_tokenizer(TEXTS, pad="<pad>"), tiny.bert()
     net.resize_token_embeddings(len(tokenizer))
     likelihood = SequenceClassification(classes=CLASSES)

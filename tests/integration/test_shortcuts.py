@@ -99,7 +99,6 @@ def rows_run(net):
 
 
 def scores(blora, batch, max_rows, draws=5):
-    """Of the same draws, whatever the passes are."""
     torch.manual_seed(1)
     sites = {site.name: torch.randn(draws, *site.prior.shape()) for site in blora.model.sites}
     if isinstance(blora.likelihood, CausalLM):
@@ -120,7 +119,6 @@ def assert_fast_is_plain(blora, batch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_fast_is_plain(case):
-    """Logits of the read positions, packed options and frozen blocks of several draws a pass."""
     blora, batch = adapted(case)
     expected = assert_fast_is_plain(blora, batch)
     assert expected.std(0).max() > 1e-3
@@ -150,7 +148,7 @@ def test_blocks_that_run_in_a_loop_are_run():
 
 
 def test_each_adapter_has_its_own_shortcuts_and_answers():
-    """Two for one network: what one is told, and what it learns, the other does not."""
+    """The settings and the answers of one adapter of a network are not those of another."""
     net, batch = tiny.llama(4), tiny.choices(6)
     slow = tiny.adapted(net, target_modules=["q_proj"], likelihood=CHOICES, fast=False)
     options = {"likelihood": CHOICES, "layers_to_transform": [2, 3]}
@@ -168,7 +166,7 @@ def test_each_adapter_has_its_own_shortcuts_and_answers():
     assert seen == {0: 6, 1: 6, 2: 18, 3: 18}
 
 
-def test_another_implementation_of_attention_is_asked_again():
+def test_another_implementation_of_attention_is_probed_again():
     blora, batch = adapted("llama")
     calls = []
     blora.net.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -178,10 +176,10 @@ def test_another_implementation_of_attention_is_asked_again():
         blora.predict(batch, 2, max_rows=100)
         return len(calls)
 
-    asked, again = passes(), passes()
-    assert again == 2 < asked
+    first, again = passes(), passes()
+    assert again == 2 < first
     blora.net.set_attn_implementation("eager")
-    assert passes() == asked
+    assert passes() == first
 
 
 @pytest.mark.parametrize(
@@ -193,7 +191,6 @@ def test_another_implementation_of_attention_is_asked_again():
     ],
 )
 def test_blocks_that_cannot_be_skipped_are_run(change):
-    """Those behind a trained module, too."""
     assert adapted("llama", layers=[0, 3])[0].model.skippable_blocks() == []
     blora, _ = adapted("llama")
     skippable, layers = blora.likelihood.shortcuts.skippable_blocks, blora.model.layer_names

@@ -137,7 +137,6 @@ def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expecte
 
 @pytest.mark.parametrize("name", ["half", "double"])
 def test_a_dtype_is_the_network_s_and_not_that_of_what_is_variational(name):
-    """An optimizer holds the same tensors as before."""
     blora, batch, double = tiny.adapted(), tiny.sequences(), name == "double"
     kl, before, held = blora.kl(), blora.predict(batch, 0).samples, [*blora.parameters()]
     moved = blora.to("cpu", torch.float64) if double else getattr(blora, name)()

@@ -59,7 +59,6 @@ def test_a_checkpoint_has_the_adapter_alone(tmp_path):
 
 @pytest.mark.usefixtures("parameter_store")
 def test_it_resumes_where_it_stopped(tmp_path):
-    """Draws, momentum, rates and the order of the data go on; nothing is left of the old run."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path, tiny.adapted(guide=guides.Ensemble()), **options)
     whole.train()

@@ -19,7 +19,6 @@ from pyro_blora.models import KernelInducing
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_flow_knows_its_own_jacobian(name):
-    """Away from the start too, where a transform's mistake may be small."""
     torch.manual_seed(0)
     chain = make_chain([name], 6)
     tiny.shaken(chain, 0.3)
@@ -35,7 +34,7 @@ def test_a_flow_that_has_run_can_be_copied_and_pickled():
     assert pickle.dumps(copy.deepcopy(chain))
 
 
-def test_an_amortized_posterior_is_not_told_the_answer():
+def test_an_amortized_posterior_does_not_see_the_answer():
     """Only tokens that are scored change, and those before them are scored as before."""
     blora = tiny.adapted(guide=Amortized(), likelihood=CausalLM(num_data=4))
     tiny.shaken(blora.guide, 1.0)
@@ -86,8 +85,6 @@ def test_kernel_priors_reach_most_neurons():
 
 
 class CalledByName(torch.nn.Module):
-    """A layer of a block, called by the name of its input."""
-
     def __init__(self):
         super().__init__()
         self.q_proj = torch.nn.Linear(16, 16)
