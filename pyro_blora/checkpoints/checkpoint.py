@@ -428,7 +428,7 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
     elif not isinstance(given, type):
         same = type(given).__name__ == name.rpartition(".")[2]
         if noun == "likelihood" and same and (options or {}).get("classes") is not None:
-            return _with_classes(given, tuple((options or {})["classes"]))
+            return _with_classes(given, options)
         if noun == "likelihood" or not same or options is None:
             return given
         given = type(given)  # because the tensors were trained with the saved options
@@ -443,14 +443,17 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
     return given(**options)
 
 
-def _with_classes(likelihood: Any, classes: tuple[str, ...]) -> Any:
+def _with_classes(likelihood: Any, saved: Any) -> Any:
     """The likelihood with the classes in the saved order; a head without names takes any."""
+    classes = tuple(saved["classes"])
     if classes and tuple(likelihood.classes or classes) != classes:
         raise CheckpointError(
             f"The adapter was saved with the classes {list(classes)}, in this order; leave "
             "classes= out."
         )
-    return type(likelihood)(**likelihood.options() | {"classes": likelihood.classes or classes})
+    kept = {n: v for n, v in saved.items() if n == "data_names"}
+    kept["classes"] = likelihood.classes or classes
+    return type(likelihood)(**likelihood.options() | kept)
 
 
 def _imported(noun: str, name: str, module: str | None, trusted: bool) -> Any:

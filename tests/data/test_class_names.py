@@ -68,6 +68,27 @@ def test_a_lora_of_a_task_is_not_read_in_the_alphabet_s_order(lora, small, tmp_p
     assert blora.predict_dataset(coded, progress=False)[1].tolist() == [0, 1, 2] * 4
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_head_without_names_is_not_read_by_two_numberings(batched, lora, small, tmp_path):
+    rows = [{**small(row["text"]), "label": k % 3} for k, row in enumerate(ROWS)]
+    first, other = (
+        datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=[*names]))
+        for names in (NAMES, NAMES[::-1])
+    )
+    net, collate = classifier(small), DataCollatorWithPadding(small)
+    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
+    tiny.train(blora, DataLoader(first, 4, collate_fn=collate) if batched else first, collate=None)
+    blora.save_pretrained(tmp_path)
+    options = {"tokenizer": small}
+    for likelihood in ({}, {"likelihood": SequenceClassification()}, None):
+        blora.predict_dataset(first, progress=False)
+        with pytest.raises(DataError, match="must number the classes"):
+            blora.predict_dataset(other, progress=False)
+        blora.unwrap()
+        if likelihood is not None:
+            blora = BayesianLoRA.from_pretrained(net, tmp_path, **options, **likelihood)
+
+
 @pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which knows nothing, because it is random
 def test_the_order_of_a_trained_head_is_never_guessed(lora, small, tmp_path):
     folder = tmp_path
