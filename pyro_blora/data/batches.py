@@ -48,10 +48,12 @@ def size_of(data: Any) -> int | None:
     whole = size_of(data.dataset)
     if whole is None or (data.batch_size is None and data.batch_sampler is None):
         return None  # the data set makes the batches
-    sampler: Any = getattr(data.batch_sampler, "sampler", data.sampler)
-    if isinstance(sampler, _OF_ALL) or not hasattr(sampler, "__len__"):
+    if isinstance(batches := data.batch_sampler, list | tuple):
+        return len({place for batch in batches for place in batch})
+    sampler: Any = data.sampler if batches is None else getattr(batches, "sampler", None)
+    if isinstance(sampler, _OF_ALL):
         return whole
-    return min(whole, len(sampler))
+    return min(whole, len(sampler)) if hasattr(sampler, "__len__") else None
 
 
 def lengths_of(data: Any) -> list[int]:

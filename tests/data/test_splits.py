@@ -20,6 +20,11 @@ class Stream(data.IterableDataset):
         yield from ROWS
 
 
+class Places(data.Sampler):
+    def __iter__(self):
+        yield from ([0, 1], [1, 2])
+
+
 TABLE = datasets.Dataset.from_list([{"a": 1}] * 7)
 PLACES = data.BatchSampler(data.SubsetRandomSampler(range(8)), 4, False)
 SIZES = {
@@ -44,6 +49,9 @@ SIZES = {
         data.DataLoader(ROWS, 4, sampler=data.WeightedRandomSampler([1.0] * 20, 50)),
         20,
     ),
+    "a list of batches": (data.DataLoader(ROWS, batch_sampler=[[0, 1], [1, 2], [0]]), 3),
+    "unknown batches": (data.DataLoader(ROWS, batch_sampler=Places()), None),
+    "unknown places": (data.DataLoader(ROWS, 4, sampler=Places()), None),
     "batches of places": (data.DataLoader(ROWS, batch_sampler=PLACES), 8),
     "a loader of ready batches": (data.DataLoader([tiny.sequences()], batch_size=None), None),
     "a stream": (data.DataLoader(Stream(), 4), None),
