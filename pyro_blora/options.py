@@ -31,7 +31,8 @@ def _storing(init: Callable[..., None]) -> Callable[..., None]:
                     raise ConfigurationError(
                         f"{type(self).__name__}: {name} must be one of {known}, got {value!r}."
                     )
-                vars(self)[name] = value
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
+                vars(self)[name] = int(value) if whole else value  # also of NumPy's
         init(self, *arguments, **options)
 
     return run

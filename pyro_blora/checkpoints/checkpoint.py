@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -405,8 +406,9 @@ def _described(factory: Any, options: Any) -> dict[str, Any]:
     if not is_public and "<" not in name:  # a local class or a lambda has no import path
         described["module"] = getattr(factory, "__module__", type(factory).__module__)
     try:
-        return {**described, "options": json.loads(json.dumps(options))}
-    except (TypeError, ValueError):
+        plain = json.dumps(options, default=methodcaller("item"))  # of a number of NumPy's
+        return {**described, "options": json.loads(plain)}
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return {**described, "options": None}
 
 

@@ -1,6 +1,7 @@
 """Classification by the next token among a few answer tokens."""
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ class LabelTokens(Likelihood):
 
     def __init__(self, *, token_ids: Sequence[int], num_data: int | None = None) -> None:
         super().__init__(num_data=num_data)
+        self.token_ids = token_ids = tuple(map(index, token_ids))
         if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
             raise ConfigurationError(
                 "token_ids must be at least two different tokens, one per class, got "
                 f"{list(token_ids)}."
             )
-        self.token_ids = tuple(token_ids)
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 
     def check_network(self, net: nn.Module) -> None:
@@ -59,8 +60,8 @@ class LabelTokens(Likelihood):
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""
         inputs = self.inputs(batch)
         mask = inputs["attention_mask"]
-        index = torch.arange(mask.shape[-1], device=mask.device)
-        last = (index * mask.bool()).argmax(-1, keepdim=True)  # for padding on either side
+        places = torch.arange(mask.shape[-1], device=mask.device)
+        last = (places * mask.bool()).argmax(-1, keepdim=True)  # for padding on either side
         ids = self._answers.to(mask.device)
         return logits_at(net, inputs, last, token_ids=ids, narrow=self.shortcuts.on)
 
