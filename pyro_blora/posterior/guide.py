@@ -155,7 +155,7 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     points = any(isinstance(q, Delta | Members) for q in site_distributions(guide))
     if not isinstance(guide, StructuredGuide) or points:  # a point mass has no KL
         return None
-    with torch.no_grad():
+    with torch.no_grad(), draws_apart(guide, model.groups[0].device):
         q = pyro.poutine.trace(guide).get_trace()
         p = pyro.poutine.trace(pyro.poutine.replay(model.updates, trace=q)).get_trace()
         total = torch.zeros(())

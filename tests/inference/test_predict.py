@@ -310,3 +310,10 @@ def test_unconstrained_values_and_a_linearization_are_refused():
         blora.predict(batch, samples={**samples, tau: samples[tau].log() - 9})
     with pytest.raises(ConfigurationError, match="linearized"):
         blora.predict(batch, samples=samples, linearized=True)
+
+
+def test_the_kl_is_the_same_each_time_and_takes_no_random_number():
+    blora = tiny.adapted(num_data=10)
+    before = torch.get_rng_state()
+    assert blora.kl() == blora.kl()
+    assert torch.equal(torch.get_rng_state(), before)
