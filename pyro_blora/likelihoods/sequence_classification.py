@@ -288,9 +288,10 @@ def _classes(
         items = isinstance(first, Item)
         classes = class_names(net, list(first.choices) if items else names or names_of(rows))
     count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
-    if isinstance(first, Mapping) and count:  # now, not in the batch in which it comes
-        labels = ({"label": rows[k][column]} for k in range(len(rows)))
-        most = max(label_of(label, classes, names) for label in labels)
+    if isinstance(first, Mapping | Item) and count:  # now, not in the batch in which it comes
+        each = (rows[k] for k in range(len(rows)))
+        labels = (x.choices[x.label] if isinstance(x, Item) else x[column] for x in each)
+        most = max(label_of({"label": label}, classes, names) for label in labels)
         if most >= count:
             raise DataError(
                 f"The column {column!r} must number the {count} logits from 0, got {most}; name "

@@ -928,5 +928,7 @@ def test_a_number_beyond_the_logits_is_refused_after_a_training_on_numbers(small
     rows = [{"text": f"a film {k}", "label": k % 3} for k in range(6)]
     blora = BayesianLoRA(classifier(small), tokenizer=small)
     fit(blora, rows, num_steps=1)
-    with pytest.raises(DataError, match="must number the 3 logits from 0, got 3"):
-        blora.predict_dataset([*rows, {"text": "a film", "label": 3}], progress=False)
+    others = [{"text": f"a film {k}", "label": str(k % 4)} for k in range(6)]
+    for data in (others, load_task({"test": others}).test):
+        with pytest.raises(DataError, match="must number the 3 logits from 0, got 3"):
+            blora.predict_dataset(data, progress=False)
