@@ -237,6 +237,13 @@ def test_an_end_that_a_chat_template_has_written_stays(build):
     assert expected[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("text", ["a film", "a film</s>", "a film</s></s>"])
+def test_an_end_that_the_tokenizer_adds_is_no_second_one(text, build):
+    tokenizer = build(eos="</s>", pad="<pad>")
+    found = TextCollator(tokenizer)([{"text": text}])["input_ids"][0].tolist()
+    assert found.count(tokenizer.eos_token_id) == max(1, text.count("</s>"))
+
+
 def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):
     """As GPT-2's; without it the first token of the completion would not be scored."""
     tokenizer = build(bos="<s>")
