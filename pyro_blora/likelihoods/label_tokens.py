@@ -92,7 +92,8 @@ class LabelTokensCollator(PromptCollator):
         """The likelihood of these batches."""
         return LabelTokens(token_ids=self.token_ids, num_data=num_data)
 
-    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+    def check_items(self, items: Sequence[Item]) -> tuple[str, ...] | None:
+        """Checks that all items have the same choices, which it returns."""
         words = tuple(word.strip().casefold() for word in self.template.label_words)
         letters = all(len(word) == 1 for word in words)  # such as A and B, for any choices
         known = self._choices
@@ -106,7 +107,10 @@ class LabelTokensCollator(PromptCollator):
                     f"of all items, one for each of the label words {self.template.label_words!r} "
                     "and in their order: reorder the choices and labels, or use another template"
                 )
-        self._choices = known
+        return known
+
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        self._choices = self.check_items(items)
         input_ids, attention_mask = self._pad([self._prompt(item) for item in items])
         labels = torch.tensor([item.label for item in items])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

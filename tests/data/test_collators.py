@@ -161,6 +161,12 @@ def test_all_items_have_the_same_choices(words):
         words([film(("good", "bad"), name="next")])
 
 
+def test_choices_of_a_refused_data_set_are_not_remembered(words):
+    with pytest.raises(DataError, match=r"'next'.*expected those of all items"):
+        words.check([film(("bad", "good")), film(("good", "bad"), name="next")], labeled=True)
+    words([film(("good", "bad"))])
+
+
 def test_a_tokenizer_that_begins_each_text_with_a_space_of_its_own():
     """A word is one token where it goes on from a text, as it does from a prompt."""
     names = ["[UNK]", "▁", ":", "▁:", "▁negative", "▁positive", "▁a"]
