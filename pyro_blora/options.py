@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from numbers import Integral
 from typing import Any, Literal, get_args, get_origin
 
 from pyro_blora.errors import ConfigurationError, check_count, check_positive
@@ -26,7 +27,8 @@ def _storing(init: Callable[..., None]) -> Callable[..., None]:
                     raise ConfigurationError(
                         f"{type(self).__name__}: {name} must be one of {known}, got {value!r}."
                     )
-                vars(self)[name] = value
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
+                vars(self)[name] = int(value) if whole else value  # also of NumPy's
         init(self, *arguments, **options)
 
     return run

@@ -38,6 +38,8 @@ def endpoint(blora: BayesianLoRA, abstain_above: float = inf, num_samples: int =
         try:
             rows: list[Any] = asked.texts
             if asked.choices is not None:
+                if any(len({*each}) < len(each) for each in asked.choices):
+                    raise ValueError("The choices of a question must differ; leave some out.")
                 pairs = zip(asked.texts, asked.choices, strict=True)
                 rows = [{"question": text, "choices": each, "label": 0} for text, each in pairs]
             with lock:  # between the seed, which all threads share, and the draws

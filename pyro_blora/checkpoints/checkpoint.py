@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -390,8 +391,9 @@ def _described(factory: Any, options: Any) -> dict[str, Any]:
     if not is_public and "<" not in name:  # a local class or a lambda has no import path
         described["module"] = getattr(factory, "__module__", type(factory).__module__)
     try:
-        return {**described, "options": json.loads(json.dumps(options))}
-    except (TypeError, ValueError):
+        plain = json.dumps(options, default=methodcaller("item"))  # of a number of NumPy's
+        return {**described, "options": json.loads(plain)}
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return {**described, "options": None}
 
 
@@ -413,7 +415,7 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
     elif not isinstance(given, type):
         same = type(given).__name__ == name.rpartition(".")[2]
         if noun == "likelihood" and same and (options or {}).get("classes") is not None:
-            return _with_classes(given, tuple((options or {})["classes"]))
+            return _with_classes(given, options)
         if noun == "likelihood" or not same or options is None:
             return given
         given = type(given)  # because the tensors were trained with the saved options
@@ -428,14 +430,17 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
     return given(**options)
 
 
-def _with_classes(likelihood: Any, classes: tuple[str, ...]) -> Any:
+def _with_classes(likelihood: Any, saved: Any) -> Any:
     """The likelihood with the classes in the saved order; a head without names takes any."""
+    classes = tuple(saved["classes"])
     if classes and tuple(likelihood.classes or classes) != classes:
         raise CheckpointError(
             f"The adapter was saved with the classes {list(classes)}, in this order; leave "
             "classes= out."
         )
-    return type(likelihood)(**likelihood.options() | {"classes": likelihood.classes or classes})
+    kept = {n: v for n, v in saved.items() if n == "data_names"}
+    kept["classes"] = likelihood.classes or classes
+    return type(likelihood)(**likelihood.options() | kept)
 
 
 def _imported(noun: str, name: str, module: str | None, trusted: bool) -> Any:

@@ -184,7 +184,8 @@ def _of_folder(source: Any) -> _Source:
             )
     with readable(folder / PEFT_CONFIG):
         config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
-        if (numbers := folder / _NUMBERS).is_file():
+        # that of an earlier export stays if PEFT saves another adapter here
+        if (numbers := folder / _NUMBERS).is_file() and _is_export(folder):
             config["classes"] = json.loads(numbers.read_text(encoding="utf-8")).get("classes")
     return config, read_tensors(folder / PEFT_WEIGHTS)[1], {}, str(folder)
 

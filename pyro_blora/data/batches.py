@@ -15,6 +15,7 @@ from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
+from pyro_blora.data.tables import check_sized
 from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.items import Item
 from pyro_blora.labels import parts_of
@@ -32,6 +33,8 @@ _TEXTS = ("text", "text_pair", "prompt", "completion", "question", "chosen", "re
 
 def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> Collate:
     """The function that collates examples: as passed, or torch's if it can do so."""
+    if not isinstance(data, DataLoader):
+        check_sized(data)
     if collate or isinstance(data, DataLoader):
         return collate or default_collate
     if len(data) and not isinstance(data[0], Mapping):
@@ -48,10 +51,12 @@ def size_of(data: Any) -> int | None:
     whole = size_of(data.dataset)
     if whole is None or (data.batch_size is None and data.batch_sampler is None):
         return None  # the data set makes the batches
-    sampler: Any = getattr(data.batch_sampler, "sampler", data.sampler)
-    if isinstance(sampler, _OF_ALL) or not hasattr(sampler, "__len__"):
+    if isinstance(batches := data.batch_sampler, list | tuple):
+        return len({place for batch in batches for place in batch})
+    sampler: Any = data.sampler if batches is None else getattr(batches, "sampler", None)
+    if isinstance(sampler, _OF_ALL):
         return whole
-    return min(whole, len(sampler))
+    return min(whole, len(sampler)) if hasattr(sampler, "__len__") else None
 
 
 def lengths_of(data: Any) -> list[int]:
@@ -222,6 +227,7 @@ def over_dataset(
     order, total = None, None
     back: Any = slice(None)
     if not isinstance(data, DataLoader):
+        check_sized(data)
         order = by_length(data)
         total, back = -(-len(order) // batch_size), torch.tensor(order).argsort()
     elif size_of(data):

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
-from pyro_blora.data.tables import read_table
-from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.data.tables import check_sized, read_table
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.items import Item
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.likelihoods._likelihood import Collate
@@ -37,10 +37,7 @@ def reading(
         likelihood.check_loader(data, collate, net, training=training)
         return data, collate
     rows = read_table(data)
-    if not hasattr(rows, "__len__"):
-        raise DataError(
-            f"Examples must have a length, got a {type(rows).__name__}; pass a DataLoader of them."
-        )
+    check_sized(rows)
     if not len(rows):
         return rows, collate
     encoded = isinstance(rows[0], Mapping) and "input_ids" in rows[0]

@@ -40,6 +40,14 @@ def read_table(data: Any) -> Any:
     return data
 
 
+def check_sized(rows: Any) -> None:
+    """Refuses a stream of examples."""
+    if not hasattr(rows, "__len__"):
+        raise DataError(
+            f"Examples must have a length, got a {type(rows).__name__}; pass a DataLoader of them."
+        )
+
+
 def _read_file(path: Path) -> Any:
     if path.suffix not in FILES:
         raise DataError(f"A file of examples must be one of {', '.join(FILES)}, got {path}.")

@@ -162,9 +162,9 @@ def fit(
                 stacklevel=3,  # past the wrapper of one_at_a_time
             )
         begin_training(blora)
+        stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         if seed is not None:
             torch.manual_seed(seed)  # seeds the draws; Batches has its own generator
-        stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         batch = blora.model.prepared(stream.peek())
         start_guide(blora.guide)  # so that an AutoGuide has parameters to optimize
         size = run.train.batch_size if isinstance(run.train, DataLoader) else None

@@ -43,7 +43,10 @@ class PromptCollator:
         """Checks that all rows are items, and that all have labels or none has."""
         first = rows[0]
         if isinstance(first, Mapping | Item):
-            items_in(rows, labeled or isinstance(first, Item) or "label" in first)
+            self.check_items(items_in(rows, labeled or isinstance(first, Item) or "label" in first))
+
+    def check_items(self, items: Sequence[Item]) -> Any:
+        """Checks items, before a batch of any is made; by default does nothing."""
 
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         raise NotImplementedError

@@ -118,7 +118,10 @@ class TextCollator(PromptCollator):
                 plain, prompt = (self._ids(row["prompt"], special) for special in (False, True))
                 scored = self._answer(row["completion"])
             else:
-                plain, prompt, scored = [], [], self._ids(row["text"], special=True)
+                plain, scored = (self._ids(row["text"], special) for special in (False, True))
+                if plain[-1:] == [end] and scored[-len(plain) - 1 :] == [*plain, end]:
+                    scored.pop()  # added by the tokenizer to a text that has an end
+                prompt = []
             while len(prompt) > 1 and prompt[-1] == end and prompt[-len(plain) :] != plain:
                 prompt.pop()  # added by the tokenizer, but the completion follows; BOS stays
             if end is not None and scored[-1:] != [end]:

@@ -1,6 +1,7 @@
 """Classification by the next token among a few answer tokens."""
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ class LabelTokens(Likelihood):
 
     def __init__(self, *, token_ids: Sequence[int], num_data: int | None = None) -> None:
         super().__init__(num_data=num_data)
+        self.token_ids = token_ids = tuple(map(index, token_ids))
         if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
             raise ConfigurationError(
                 "token_ids must be at least two different tokens, one per class, got "
                 f"{list(token_ids)}."
             )
-        self.token_ids = tuple(token_ids)
         self.register_buffer("_answers", torch.tensor(self.token_ids), persistent=False)
 
     def check_network(self, net: nn.Module) -> None:
@@ -59,8 +60,8 @@ class LabelTokens(Likelihood):
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""
         inputs = self.inputs(batch)
         mask = inputs["attention_mask"]
-        index = torch.arange(mask.shape[-1], device=mask.device)
-        last = (index * mask.bool()).argmax(-1, keepdim=True)  # for padding on either side
+        places = torch.arange(mask.shape[-1], device=mask.device)
+        last = (places * mask.bool()).argmax(-1, keepdim=True)  # for padding on either side
         ids = self._answers.to(mask.device)
         return logits_at(net, inputs, last, token_ids=ids, narrow=self.shortcuts.on)
 
@@ -91,7 +92,8 @@ class LabelTokensCollator(PromptCollator):
         """The likelihood of these batches."""
         return LabelTokens(token_ids=self.token_ids, num_data=num_data)
 
-    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+    def check_items(self, items: Sequence[Item]) -> tuple[str, ...] | None:
+        """Checks that all items have the same choices, which it returns."""
         words = tuple(word.strip().casefold() for word in self.template.label_words)
         letters = all(len(word) == 1 for word in words)  # such as A and B, for any choices
         known = self._choices
@@ -105,7 +107,10 @@ class LabelTokensCollator(PromptCollator):
                     f"of all items, one for each of the label words {self.template.label_words!r} "
                     "and in their order: reorder the choices and labels, or use another template"
                 )
-        self._choices = known
+        return known
+
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        self._choices = self.check_items(items)
         input_ids, attention_mask = self._pad([self._prompt(item) for item in items])
         labels = torch.tensor([item.label for item in items])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -39,6 +39,8 @@ class SequenceClassification(Likelihood):
         classes: the names of the classes, in the order of the logits; an empty tuple if they are
             numbers. Default: ``fit`` takes those of the network or of the rows, if labels are
             texts.
+        data_names: names that the numbers of a head without names had in a data set. Data that
+            number them otherwise are refused. Default: ``fit`` takes those of the training data.
 
     A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
     network, and ``labels`` (``B``). Rows have ``text``, ``text_pair`` if there is a second one,
@@ -53,14 +55,18 @@ class SequenceClassification(Likelihood):
     new_head = True
     task_type = "SEQ_CLS"
     other_heads: ClassVar[tuple[str, ...]] = ()  # that it takes if a user passes it
-    settled = ("num_data", "classes", "_doubted")
+    settled = ("num_data", "classes", "data_names")
 
     def __init__(
-        self, *, num_data: int | None = None, classes: Sequence[str] | None = None
+        self,
+        *,
+        num_data: int | None = None,
+        classes: Sequence[str] | None = None,
+        data_names: Sequence[str] = (),
     ) -> None:
         super().__init__(num_data=num_data)
         self.classes = None if classes is None else tuple(classes)
-        self._doubted: tuple[str, ...] = ()  # names of the numbers that a transform has made
+        self.data_names = tuple(data_names)
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
@@ -118,12 +124,13 @@ class SequenceClassification(Likelihood):
         if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
             if classes == () and self.trained_head and not logit_names(net):
                 _check_places(names, [*map(str, range(len(names)))])
-            order = logit_names(net) or self._doubted
+            order = logit_names(net) or self.data_names
             classes = _classes(classes, net, rows, names, column, labeled, order)
         elif classes is None and names:
             classes = class_names(net, names)
         if training:
-            self.classes, self._doubted = classes, tuple(doubted)
+            kept = names if classes == () and not _are_logits(names, net) else ()
+            self.classes, self.data_names = classes, self.data_names or tuple(doubted or kept)
         classes = classes or ()
         names = names if classes or _are_logits(names, net) else []
         if ours:
@@ -163,6 +170,8 @@ class SequenceClassification(Likelihood):
             self.classes = self.classes or given
         elif training and self.classes is None and as_they_are and not logit_names(net):
             self.classes = None if _are_logits(names, net) else tuple(names)
+        elif training and self.classes == () and as_they_are and not _are_logits(names, net):
+            self.data_names = self.data_names or tuple(names)
 
     def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""
@@ -178,7 +187,7 @@ class SequenceClassification(Likelihood):
         if logits:
             _check_places(names, logits, unknown=True)
         if not known:
-            _check_places(names, logit_names(net) or self._doubted)
+            _check_places(names, logit_names(net) or self.data_names)
 
 
 class ClassificationCollator(RowCollator):
@@ -280,9 +289,10 @@ def _classes(
         items = isinstance(first, Item)
         classes = class_names(net, list(first.choices) if items else names or names_of(rows))
     count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
-    if isinstance(first, Mapping) and count:  # now, not in the batch in which it comes
-        labels = ({"label": rows[k][column]} for k in range(len(rows)))
-        most = max(label_of(label, classes, names) for label in labels)
+    if isinstance(first, Mapping | Item) and count:  # now, not in the batch in which it comes
+        each = (rows[k] for k in range(len(rows)))
+        labels = (x.choices[x.label] if isinstance(x, Item) else x[column] for x in each)
+        most = max(label_of({"label": label}, classes, names) for label in labels)
         if most >= count:
             raise DataError(
                 f"The column {column!r} must number the {count} logits from 0, got {most}; name "

@@ -152,7 +152,7 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
     if not isinstance(guide, StructuredGuide) or point_masses(guide):
         return None
-    with torch.no_grad():
+    with torch.no_grad(), draws_apart(guide, model.groups[0].device):
         q = pyro.poutine.trace(guide).get_trace()
         p = pyro.poutine.trace(pyro.poutine.replay(model.updates, trace=q)).get_trace()
         total = torch.zeros(())

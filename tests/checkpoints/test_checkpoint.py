@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import own_classes
 import peft
 import pyro
@@ -53,6 +54,14 @@ def rewrite(path, change):
     header, tensors = read_tensors(path)
     (name,) = header.keys() - {"format"}
     write_tensors(path, tensors, {name: json.dumps(change(json.loads(header[name])))})
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    likelihood = LabelTokens(token_ids=np.array(tiny.ANSWERS), num_data=np.int64(30))
+    saved(tmp_path, likelihood=likelihood, prior=KroneckerInducing(rank=np.int64(2)))
+    config = checkpoints.read_config(tmp_path)
+    options = {"token_ids": [*tiny.ANSWERS], "num_data": 30}
+    assert (config["likelihood"]["options"], config["prior"]["options"]["rank"]) == (options, 2)
 
 
 def test_what_is_read_is_what_was_saved(tmp_path):

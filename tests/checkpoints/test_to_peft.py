@@ -122,6 +122,14 @@ def test_the_classes_of_a_classifier_are_named_beside_its_export(tmp_path):
     assert (config.id2label, config.label2id["yes"]) == ({0: "no", 1: "maybe", 2: "yes"}, 2)
 
 
+def test_the_classes_of_an_export_are_not_those_of_what_peft_writes_over_it(tmp_path):
+    likelihood = SequenceClassification(classes=["no", "maybe", "yes"])
+    moved(tiny.bert(), likelihood=likelihood).export_peft(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(tiny.bert(), config).save_pretrained(tmp_path)
+    assert BayesianLoRA.from_peft(tiny.bert(), tmp_path).likelihood.classes == ()
+
+
 def test_a_disabled_adapter_and_its_head_are_out_of_the_way():
     net = tiny.bert()
     before = logits(net)

@@ -24,6 +24,7 @@ from classifiers import (
     relabeled,
 )
 from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
@@ -182,6 +183,27 @@ def test_a_lora_of_a_task_is_not_read_in_the_alphabet_s_order(lora, small, tmp_p
     assert labels_of(blora, coded) == [0, 1, 2] * 4
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_head_without_names_is_not_read_by_two_numberings(batched, lora, small, tmp_path):
+    rows = [{**small(row["text"]), "label": k % 3} for k, row in enumerate(ROWS)]
+    first, other = (
+        datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=[*names]))
+        for names in (NAMES, NAMES[::-1])
+    )
+    net, collate = classifier(small), DataCollatorWithPadding(small)
+    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
+    tiny.train(blora, DataLoader(first, 4, collate_fn=collate) if batched else first, collate=None)
+    blora.save_pretrained(tmp_path)
+    options = {"tokenizer": small}
+    for likelihood in ({}, {"likelihood": SequenceClassification()}, None):
+        blora.predict_dataset(first, progress=False)
+        with pytest.raises(DataError, match="must number the classes"):
+            blora.predict_dataset(other, progress=False)
+        blora.unwrap()
+        if likelihood is not None:
+            blora = BayesianLoRA.from_pretrained(net, tmp_path, **options, **likelihood)
+
+
 @pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which knows nothing, because it is random
 def test_the_order_of_a_trained_head_is_never_guessed(lora, small, tmp_path):
     blora = BayesianLoRA.from_peft(classifier(small), tmp_path, tokenizer=small)
@@ -333,8 +355,10 @@ def test_a_head_that_was_trained_on_numbers_has_no_names_afterwards(names, small
     digits = [{**row, "label": str(row["label"])} for row in NUMBERS]
     for rows in (NUMBERS, digits):
         assert labels_of(blora, rows) == [0, 1, 2] * 4
-    with pytest.raises(DataError, match="must number the 3 logits from 0, got 3"):
-        labels_of(blora, [*NUMBERS, {"text": "a film", "label": 3}])
+    others = [{"text": f"a film {k}", "label": str(k % 4)} for k in range(6)]
+    for data in (others, load_task({"test": others}).test):
+        with pytest.raises(DataError, match="must number the 3 logits from 0, got 3"):
+            labels_of(blora, data)
     if names is None:
         with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
             labels_of(blora, ROWS)

@@ -153,6 +153,12 @@ def test_all_items_have_the_same_choices(words):
         words([film(("good", "bad"), name="next")])
 
 
+def test_choices_of_a_refused_data_set_are_not_remembered(words):
+    with pytest.raises(DataError, match=r"'next'.*expected those of all items"):
+        words.check([film(("bad", "good")), film(("good", "bad"), name="next")], labeled=True)
+    words([film(("good", "bad"))])
+
+
 def test_a_tokenizer_that_begins_each_text_with_a_space_of_its_own():
     """A word is one token where it goes on from a text, as it does from a prompt."""
     names = ["[UNK]", "▁", ":", "▁:", "▁negative", "▁positive", "▁a"]
@@ -219,6 +225,13 @@ def test_an_end_that_a_chat_template_has_written_stays(build):
     prompt = batch["input_ids"][0][batch["labels"][0] == -100].tolist()
     assert prompt == [tokenizer.bos_token_id, *ids(tokenizer, "a film</s>")]
     assert prompt[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("text", ["a film", "a film</s>", "a film</s></s>"])
+def test_an_end_that_the_tokenizer_adds_is_no_second_one(text, build):
+    tokenizer = build(eos="</s>", pad="<pad>")
+    found = TextCollator(tokenizer)([{"text": text}])["input_ids"][0].tolist()
+    assert found.count(tokenizer.eos_token_id) == max(1, text.count("</s>"))
 
 
 def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):

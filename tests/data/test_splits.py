@@ -24,6 +24,11 @@ def sampled(sampler):
     return data.DataLoader(ROWS, 4, sampler=sampler)
 
 
+class Places(data.Sampler):
+    def __iter__(self):
+        yield from ([0, 1], [1, 2])
+
+
 TABLE = datasets.Dataset.from_list([{"a": 1}] * 7)
 PLACES = data.BatchSampler(data.SubsetRandomSampler(range(8)), 4, False)
 SIZES = {
@@ -39,6 +44,9 @@ SIZES = {
     # of the whole set in the course of the epochs
     "some at a time": (sampled(data.RandomSampler(ROWS, num_samples=5)), 20),
     "weighted rows": (sampled(data.WeightedRandomSampler([1.0] * 20, 50)), 20),
+    "a list of batches": (data.DataLoader(ROWS, batch_sampler=[[0, 1], [1, 2], [0]]), 3),
+    "unknown batches": (data.DataLoader(ROWS, batch_sampler=Places()), None),
+    "unknown places": (sampled(Places()), None),
     "batches of places": (data.DataLoader(ROWS, batch_sampler=PLACES), 8),
     "a loader of ready batches": (data.DataLoader([tiny.sequences()], batch_size=None), None),
     "a stream": (data.DataLoader(Stream(), 4), None),

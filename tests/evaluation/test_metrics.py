@@ -33,7 +33,7 @@ def test_by_hand():
     brier = [0.25**2 + 2 * 0.125**2, 0.25**2 + 0.625**2 + 0.875**2, 0.75**2 + 0.25**2 + 0.5**2]
     assert metrics.brier == pytest.approx(sum(brier) / 4, abs=1e-7)
     rounded = torch.tensor([[1.0 + 1e-6, 0.0], [0.25, 0.75]])  # above one it is no logit
-    ece = m.evaluate(rounded, torch.tensor([0, 1]), num_bins=1).ece
+    ece = evaluate(rounded, torch.tensor([0, 1]), num_bins=1).ece
     assert ece == pytest.approx(0.125, abs=1e-5)
 
 
@@ -242,7 +242,7 @@ def test_out_of_scope_by_counting():
         pairs = [(a < b) + (a == b) / 2 for a in mine for b in others]
         assert found.auroc == pytest.approx(sum(pairs) / 1000, abs=1e-6)
     close = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
-    assert m.auroc(close, close + 3e-9) == 1
+    assert auroc(close, close + 3e-9) == 1
     both, labels = Prediction.cat([inside, outside]), torch.tensor([0] * 40 + [-1] * 25)
     with pytest.warns(UserWarning, match="No threshold"):
         m.threshold_for(both, labels)

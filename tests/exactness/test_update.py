@@ -36,10 +36,8 @@ def test_a_layer_adds_the_dense_weight(shape, options):
     x, base = torch.randn(ROWS, LENGTH, shape[1]), torch.randn(ROWS, LENGTH, shape[0])
     for layer in given.layers():
         weight = layer.weight()
-        share = ROWS // layer.particles
-        weights = (
-            weight.expand(ROWS, -1, -1) if weight.dim() == 2 else weight.repeat_interleave(share, 0)
-        )
+        stacked = weight if weight.dim() == 3 else weight.unsqueeze(0)
+        weights = stacked.repeat_interleave(ROWS // len(stacked), 0)
         expected = base + torch.einsum("roi,rti->rto", weights, x)
         before = base.clone()
         torch.testing.assert_close(layer(x, base), expected)

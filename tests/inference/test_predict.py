@@ -293,3 +293,10 @@ def test_values_that_are_no_draws_are_refused():
     tau = next(name for name in s if name.endswith("tau"))
     with pytest.raises(ConfigurationError, match="outside of it"):  # unconstrained
         blora.predict(batch, samples={**s, tau: s[tau].log() - 9})
+
+
+def test_the_kl_is_the_same_each_time_and_takes_no_random_number():
+    blora = tiny.adapted(num_data=10)
+    before = torch.get_rng_state()
+    assert blora.kl() == blora.kl()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -12,7 +12,7 @@ from neighbors import tree
 from own_tokenizer import build_tokenizer
 from pyro.infer import RenyiELBO
 from pyro.infer.autoguide import AutoNormal
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_blora import BayesianLoRA, compare, fit, load_task
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, DataError
@@ -58,6 +58,13 @@ def state(blora, folder):
 
 
 ROWS = tiny.examples()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from ROWS
+
+
 BATCHES = DataLoader([tiny.sequences()], collate_fn=lambda batches: batches[0])
 UNLABELED = DataLoader([tiny.unlabeled(tiny.sequences())], batch_size=None)
 FIT = [
@@ -65,7 +72,7 @@ FIT = [
     {"kl_weight": -1}, {"kl_weight": math.nan}, {"learning_rates": {"x": 1}}, {"keep_best": True},
     {"num_particles": 0}, {"precision": "float8"}, {"elbo": RenyiELBO}, {"train": []},
     {"train": DataLoader([])}, {"train": "no.csv"}, {"train": (r for r in ROWS)}, {"patience": 3},
-    {"train": BATCHES}, {"train": UNLABELED}, {"held_out": 1.5},
+    {"train": Stream()}, {"train": BATCHES}, {"train": UNLABELED}, {"held_out": 1.5},
     {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple}, {"callback": 3},
     {"learning_rates": {"mean": -0.05}}, {"num_steps": None, "num_epochs": math.nan},
     {"batch_size": 2.5}, {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
@@ -102,6 +109,7 @@ CALLS = {
     "predict, texts": lambda b, d: b.predict(["a"]),
     "predict_dataset, size": lambda b, d: b.predict_dataset(ROWS, tiny.collate, batch_size=0),
     "log_predictive, labels": lambda b, d: b.log_predictive(tiny.unlabeled(tiny.sequences())),
+    "predict_dataset, stream": lambda b, d: b.predict_dataset(Stream(), tiny.collate),
     "predict_dataset, late": lambda b, d: b.predict_dataset(
         ROWS, raising(DataError("a"), 3), batch_size=4
     ),

@@ -53,4 +53,7 @@ def test_many_at_once_get_what_predict_gives(num_samples, tmp_path, monkeypatch)
         assert answer["mutual_information"] == expected.mutual_information[k].item()
         assert answer["abstain"] == (expected.entropy[k].item() > threshold)
     assert sum(answer["abstain"] for answer in answers[0]) == 1
-    assert client.post("/predict", json={"texts": []}).status_code == 422
+    equal = {"texts": TEXTS[:1], "choices": [["cold", "cold"]]}
+    refused = [client.post("/predict", json=json) for json in ({"texts": []}, equal)]
+    assert [answer.status_code for answer in refused] == [422, 422]
+    assert "must differ" in refused[1].text
