@@ -10,7 +10,7 @@ from own_classes import Plain, Spread
 from waits import Waits
 
 from pyro_blora.guides import MeanField
-from pyro_blora.models import KroneckerInducing
+from pyro_blora.models import KernelInducing, KroneckerInducing
 from pyro_blora.testing import GuideContract, PairContract, PriorContract
 
 PRIORS, FAMILIES = tiny.priors(), tiny.families()
