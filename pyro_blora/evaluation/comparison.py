@@ -368,9 +368,10 @@ def compare(
                 pair = load_for(network, len(task.test[0].choices), seed)
             else:
                 rows = (*whole.train, *whole.validation, *whole.test)
-                pair = load_for(network, shared.num_outputs(rows), seed, shared.head)
-                if (names := shared.output_names(rows)) and not logit_names(pair[0]):
-                    pair[0].config.id2label = dict(enumerate(names))  # a seed may not see them all
+                names = shared.output_names(rows)  # of all, of which a seed may see a few
+                pair = load_for(network, len(names), seed, *shared.heads[:1])
+                if not logit_names(pair[0]):
+                    pair[0].config.id2label = dict(enumerate(names))
         if shared is None:
             collate = task.collator(pair[1], net=pair[0])
         else:

@@ -1,9 +1,10 @@
 """Classification of whole sequences by a classification head, and the order of its classes."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,52 @@ from pyro_blora.labels import (
     place_of,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import RowCollator, is_from
-from pyro_blora.likelihoods.reading import check_head, head_logits
-from pyro_blora.network.targets import logit_names
+from pyro_blora.likelihoods._prompts import NumberCollator, is_from
+from pyro_blora.likelihoods.reading import head_logits
+from pyro_blora.network.targets import CLASS, logit_names
+
+
+class ClassificationCollator(NumberCollator):
+    """Makes a row from every text, for a network with a classification head.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a pad token.
+        classes: the names of the classes, in the order of the logits, if labels are texts.
+        max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
+
+    Called on B items, or dictionaries with ``text``, ``text_pair`` where there is one, and
+    ``label`` (a name or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``,
+    long, ``(B,)``, unless the first row has none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: Sequence[str] = (),
+        max_length: int = 512,
+    ) -> None:
+        super().__init__(tokenizer, max_length)
+        self.classes = tuple(classes)
+
+    def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of a list of rows."""
+        return super().__call__([self._row_of(r) if isinstance(r, Item) else r for r in rows])
+
+    def labels(self, rows: Sequence[Any]) -> Tensor:
+        """The places of the rows' classes, ``(B,)``."""
+        return torch.tensor([label_of(row, self.classes) for row in rows])
+
+    def likelihood(self, num_data: int | None = None) -> "SequenceClassification":
+        """The likelihood of these batches, whose classes are in the order of this collator."""
+        return SequenceClassification(num_data=num_data, classes=self.classes or None)
+
+    def _row_of(self, item: Item) -> dict[str, Any]:
+        choice = item.choices[item.label]
+        named = self.classes or choice.isdecimal()
+        return {"text": item.question, "label": choice if named else item.label}
+
+
+C = TypeVar("C", bound=ClassificationCollator)
 
 
 class SequenceClassification(Likelihood):
@@ -52,10 +96,10 @@ class SequenceClassification(Likelihood):
         likelihood.logits(net, batch).shape  # B x C
     """
 
+    heads: ClassVar[tuple[str, ...]] = (CLASS,)
     new_head = True
     task_type = "SEQ_CLS"
-    other_heads: ClassVar[tuple[str, ...]] = ()  # that it takes if a user passes it
-    settled = ("num_data", "classes", "data_names")
+    usual_collator = ClassificationCollator
 
     def __init__(
         self,
@@ -70,7 +114,7 @@ class SequenceClassification(Likelihood):
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
-        check_head(net, self.head, *self.other_heads)
+        super().check_network(net)
         names = logit_names(net)
         if self.classes and self.classes != names and {*self.classes} == {*names}:
             warnings.warn(
@@ -82,10 +126,6 @@ class SequenceClassification(Likelihood):
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The network's logits, ``(B, C)``."""
         return head_logits(net, batch)
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`ClassificationCollator`."""
-        return ClassificationCollator(tokenizer)
 
     def keep_head(self, net: nn.Module) -> None:
         """The classes are those that the network names, or else numbers; their order is fixed."""
@@ -152,6 +192,25 @@ class SequenceClassification(Likelihood):
 
         return numbered
 
+    def with_classes(
+        self, collate: C, net: nn.Module, names: Sequence[str | int], training: bool
+    ) -> tuple[C, int]:
+        """A copy of a collator with the names of the outputs, and the number of outputs.
+
+        ``names`` are those in the rows; a training settles them.
+        """
+        collate = copy.copy(collate)  # with what a subclass has added
+        self._check_order(collate.classes, [], net)
+        classes = self.classes or collate.classes or self.classes
+        if classes or (classes is None and names):  # refuses more than there are outputs, too
+            classes = classes or class_names(net, names)
+            class_names(net, classes)
+        if training:
+            self.classes = classes
+        collate.classes = classes or ()
+        count = getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
+        return collate, len(collate.classes) or count
+
     def check_loader(
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
@@ -188,46 +247,6 @@ class SequenceClassification(Likelihood):
             _check_places(names, logits, unknown=True)
         if not known:
             _check_places(names, logit_names(net) or self.data_names)
-
-
-class ClassificationCollator(RowCollator):
-    """Makes a row from every text, for a network with a classification head.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer with a pad token.
-        classes: the names of the classes, in the order of the logits, if labels are texts.
-        max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
-
-    Called on B items, or dictionaries with ``text``, ``text_pair`` where there is one, and
-    ``label`` (a name or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``,
-    long, ``(B,)``, unless the first row has none.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        classes: Sequence[str] = (),
-        max_length: int = 512,
-    ) -> None:
-        super().__init__(tokenizer, max_length)
-        self.classes = tuple(classes)
-
-    def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of a list of rows."""
-        return super().__call__([self._row_of(r) if isinstance(r, Item) else r for r in rows])
-
-    def labels(self, rows: Sequence[Any]) -> Tensor:
-        """The places of the rows' classes, ``(B,)``."""
-        return torch.tensor([label_of(row, self.classes) for row in rows])
-
-    def likelihood(self, num_data: int | None = None) -> SequenceClassification:
-        """The likelihood of these batches, whose classes are in the order of this collator."""
-        return SequenceClassification(num_data=num_data, classes=self.classes or None)
-
-    def _row_of(self, item: Item) -> dict[str, Any]:
-        choice = item.choices[item.label]
-        named = self.classes or choice.isdecimal()
-        return {"text": item.question, "label": choice if named else item.label}
 
 
 def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:

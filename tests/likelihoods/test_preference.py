@@ -61,11 +61,12 @@ def test_rewards_have_the_same_draws_whatever_else_is_read():
     rewards = blora.rewards(texts, 8)  # 32 texts a pass
     for k in (0, 1, 40):
         torch.testing.assert_close(blora.rewards([texts[k]], 8)[:, 0], rewards[:, k])
-    with draws_apart(blora.guide, blora.device):
-        updates = blora.posterior.pairs()(8)
-    ids = TOKENIZER(["".join(texts[1])] * 8, return_tensors="pt")["input_ids"]
-    with torch.no_grad(), blora.model.applied(updates) as net:
-        torch.testing.assert_close(net(ids).logits[:, 0] / 2, rewards[:, 1])
+    ids = TOKENIZER("".join(texts[1]), return_tensors="pt")["input_ids"]
+    with draws_apart(blora.guide, blora.device), torch.no_grad():
+        draw = blora.posterior.pairs()
+        for reward in rewards[:, 1]:
+            with blora.model.applied(draw(1)) as net:
+                torch.testing.assert_close(net(ids).logits[0, 0] / 2, reward)
     ((one, other),) = blora.rewards(["".join(texts[0]), texts[1]], 0)
     probs = blora.predict([{"prompt": "film: ", "chosen": GOOD, "rejected": BAD}], 0).probs
     torch.testing.assert_close((one - other).sigmoid(), probs[0, 0])
@@ -78,11 +79,6 @@ def test_texts_continue_their_prompt_and_lose_their_start():
     assert batch["input_ids"][0, 1][batch["attention_mask"][0, 1].bool()].tolist() == whole
     with pytest.warns(UserWarning, match="more than 6 tokens loses its start"):
         assert cut([row])["input_ids"][0, 1].tolist() == [whole[0], *whole[-5:]]
-    chats = build_tokenizer([GOOD], eos="</s>")
-    chats.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    chat = {name: [{"role": "user", "content": text}] for name, text in row.items()}
-    (collate := PreferenceCollator(chats)).check([chat], labeled=False)
-    assert chats.decode(collate([chat])["input_ids"][0, 0]).startswith(f"film: |{GOOD}|")
 
 
 def trained(**row):
