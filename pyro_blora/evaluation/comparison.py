@@ -203,10 +203,9 @@ class Comparison:
             raise ConfigurationError("A reliability diagram must be of classes, got numbers.")
         pooled = {}
         for name, rows in self.by_method().items():
-            known = [row.labels >= 0 for row in rows]  # -100 stands for a missing label
-            pairs = zip(rows, known, strict=True)
-            probs = torch.cat([row.probs[at] for row, at in pairs])
-            pooled[name] = probs, torch.cat([r.labels[k] for r, k in zip(rows, known, strict=True)])
+            known = torch.cat([row.labels >= 0 for row in rows])  # -100 stands for a missing label
+            probs, labels = (torch.cat([getattr(r, n) for r in rows]) for n in ("probs", "labels"))
+            pooled[name] = probs[known], labels[known]
         return reliability_diagram(pooled)
 
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item
 from pyro_blora.labels import (
+    A_CLASS,
     are_numbers,
-    check_rows,
+    checked_labels,
     classes_of,
     features_of,
     label_of,
@@ -287,36 +288,34 @@ def _classes(
     order: Sequence[str],
 ) -> tuple[str, ...] | None:
     """The names of a classifier's classes for rows, which it checks; ``None`` if none are known."""
-    if isinstance(first := rows[0], Mapping):
-        columns = [column] if "input_ids" in first else ["text", "label"]
-        has_label = (labeled or column in first) and (
-            names or column == "label" or "text" in columns
-        )
-        if not has_label and any("label" in rows[k] for k in range(len(rows))):
-            raise DataError("All rows must have a label, or none, got none in row 0; add it.")
-        check_rows(rows, *(columns if has_label else columns[:-1]), optional=("text_pair",))
-        if not has_label:
+    if isinstance(first := rows[0], Item):
+        items = [rows[k] for k in range(len(rows))]
+        labels = [item.choices[item.label] for item in items]
+        given: list[Any] = [choice for item in items for choice in item.choices]
+        own: list[Any] = [*first.choices]
+    else:
+        texts = [] if "input_ids" in first else ["text"]
+        if not (texts or names or column == "label"):
             return classes
+        needed, column = labeled or column in first, "label" if texts else column
+        given = labels = checked_labels(rows, needed, A_CLASS, *texts, column=column)
+        if not labels:
+            return classes
+        own = names or names_of(rows)
     if classes == ():  # of a head that was trained on numbers, a number stays one
-        every = [rows[k] for k in range(len(rows))]
-        given = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
-        if all(map(are_numbers, given)):
+        if are_numbers(given):
             _check_places(names, order)
         else:
-            classes = _names_of_numbers(net, given[0][0])
+            classes = _names_of_numbers(net, given[0])
     if classes is None:
-        items = isinstance(first, Item)
-        classes = class_names(net, list(first.choices) if items else names or names_of(rows))
-    count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
-    if isinstance(first, Mapping | Item) and count:  # now, not in the batch in which it comes
-        each = (rows[k] for k in range(len(rows)))
-        labels = (x.choices[x.label] if isinstance(x, Item) else x[column] for x in each)
-        most = max(label_of({"label": label}, classes, names) for label in labels)
-        if most >= count:
-            raise DataError(
-                f"The column {column!r} must number the {count} logits from 0, got {most}; name "
-                f"the classes as texts, or load the network with num_labels={most + 1}."
-            )
+        classes = class_names(net, own)
+    count = len(classes) or getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
+    # now, not in the batch in which it comes
+    if (most := max(label_of({"label": label}, classes, names) for label in labels)) >= count:
+        raise DataError(
+            f"The column {column!r} must number the {count} logits from 0, got {most}; name "
+            f"the classes as texts, or load the network with num_labels={most + 1}."
+        )
     return classes
 
 
