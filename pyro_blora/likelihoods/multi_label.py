@@ -80,10 +80,9 @@ class MultiLabel(SequenceClassification):
         classes: the names of the labels, in the order of the network's outputs; an empty tuple if
             they have none. Default: ``fit`` takes those of the network, or of the rows, sorted.
 
-    A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
-    network, and ``labels`` (``B x L``), 0 or 1 as integers or floats. Rows have ``text``,
-    ``text_pair`` if there is a second one, and ``label``: a list of the names that apply, or a list
-    with 0 or 1 for each output.
+    Batches and rows are those of :class:`SequenceClassification`, but a batch has 0 or 1 for each
+    label, ``B x L``, and the ``label`` of a row is a list of the names that apply, or of 0 and 1
+    for each output.
 
     Example::
 

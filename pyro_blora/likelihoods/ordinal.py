@@ -30,9 +30,7 @@ class Ordinal(Likelihood):
         num_classes: the number K of classes.
         num_data: number of training examples.
 
-    A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
-    network, and ``labels`` (``B``), from 0 to ``K - 1``. Rows have ``text``, ``text_pair`` if there
-    is a second one, and ``label``, a whole number.
+    Batches and rows are those of :class:`SequenceClassification`, with labels from 0 to ``K - 1``.
 
     Example::
 

@@ -38,9 +38,7 @@ class Regression(Likelihood):
             before.
         scale: :math:`s`. Default: their standard deviation, or 1.
 
-    A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
-    network, and ``labels`` (``B``). Rows have ``text``, ``text_pair`` if there is a second one,
-    and ``label``.
+    Batches and rows are those of :class:`SequenceClassification`, with numbers as labels.
 
     Example::
 
@@ -94,7 +92,8 @@ class Regression(Likelihood):
                 "Regression must know the mean and the standard deviation of the labels, got no "
                 "rows with a column label; pass likelihood=Regression(loc=, scale=)."
             )
-        labels = torch.tensor([*map(float, checked_labels(rows, True, FINITE))]).double()
+        numbers = [*map(float, checked_labels(rows, True, FINITE))]
+        labels = torch.tensor(numbers, dtype=torch.float64)
         self.loc = float(labels.mean()) if self.loc is None else self.loc
         # of labels that are all alike the deviation is 0
         self.scale = self.scale or float(labels.std(correction=0)) or 1.0
@@ -103,11 +102,6 @@ class Regression(Likelihood):
         """The standardized mean and the logarithm of the noise, ``(B, 2)``."""
         mean = head_logits(net, batch).squeeze(-1)
         return torch.stack([mean, self.noise.log().expand_as(mean)], -1)
-
-    def labels(self, batch: Batch) -> Tensor | None:
-        """The numbers, ``(B,)``."""
-        labels: Tensor | None = batch.get("labels")
-        return labels if labels is None else labels.to(torch.get_default_dtype())
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """Raises BatchError unless labels are finite numbers, one for each example."""
