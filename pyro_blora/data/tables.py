@@ -80,12 +80,8 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
         try:
             if line.strip():
                 record = json.loads(line)
-                is_row = isinstance(record, dict) and not {*record} >= {
-                    "question",
-                    "choices",
-                    "label",
-                }
-                if only_items or not is_row:
+                columns = {"question", "choices", "label"}
+                if only_items or not isinstance(record, dict) or {*record} >= columns:
                     record = item_of(record, {"id": f"{path.stem}-{number}"})
                 items.append(record)
         except ValueError as error:  # invalid JSON, UTF-8 or item

@@ -44,10 +44,6 @@ class MultiLabelCollator(ClassificationCollator):
         """Whether each label applies to each row, ``(B, L)``."""
         return torch.tensor([multi_hot(row["label"], self.classes) for row in rows])
 
-    def likelihood(self, num_data: int | None = None) -> "MultiLabel":
-        """The likelihood of these batches, whose labels are in the order of this collator."""
-        return MultiLabel(num_data=num_data, classes=self.classes or None)
-
 
 def multi_hot(label: Any, classes: tuple[str, ...], size: int = 0, where: str = "") -> list[float]:
     """A 1 for each of ``size`` outputs that applies, else 0, of a list of names or of 0 and 1."""

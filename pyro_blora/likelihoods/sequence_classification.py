@@ -43,10 +43,7 @@ class ClassificationCollator(NumberCollator):
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        classes: Sequence[str] = (),
-        max_length: int = 512,
+        self, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str] = (), max_length: int = 512
     ) -> None:
         super().__init__(tokenizer, max_length)
         self.classes = tuple(classes)
@@ -58,10 +55,6 @@ class ClassificationCollator(NumberCollator):
     def labels(self, rows: Sequence[Any]) -> Tensor:
         """The places of the rows' classes, ``(B,)``."""
         return torch.tensor([label_of(row, self.classes) for row in rows])
-
-    def likelihood(self, num_data: int | None = None) -> "SequenceClassification":
-        """The likelihood of these batches, whose classes are in the order of this collator."""
-        return SequenceClassification(num_data=num_data, classes=self.classes or None)
 
     def _row_of(self, item: Item) -> dict[str, Any]:
         choice = item.choices[item.label]

@@ -52,10 +52,6 @@ class TagCollator(ClassificationCollator):
             batch["labels"] = tags.gather(1, owner.clamp_min(0)).masked_fill(~first, -100)
         return batch
 
-    def likelihood(self, num_data: int | None = None) -> "TokenClassification":
-        """The likelihood of these batches, whose tags are in the order of this collator."""
-        return TokenClassification(num_data=num_data, classes=self.classes or None)
-
 
 class TokenClassification(TokenLabels, SequenceClassification):
     """A softmax for each word over the logits of an ``AutoModelForTokenClassification``.

@@ -92,12 +92,6 @@ def test_the_unit_comes_from_a_loader_s_rows_or_from_the_user():
         fit(blora, batches, num_steps=1, held_out=0.0)
 
 
-def test_it_has_no_probabilities(trained):
-    prediction = trained.predict([row["text"] for row in ROWS[:2]], 3)
-    with pytest.raises(ConfigurationError, match="must be of classes to have probs"):
-        prediction.entropy  # noqa: B018
-
-
 def test_quantiles_and_scores_of_an_average_of_normals():
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(5, 3, generator=generator, dtype=torch.float64)
