@@ -75,8 +75,7 @@ def checked_labels(
     If they are ``labeled``, each row must have a label, otherwise all or none.
     """
     first = rows[0]
-    encoded = {"input_ids", "labels"} <= {*first} and "label" not in first
-    column = column or ("labels" if encoded else "label")
+    column = column or ("label" if {"label", "text"} & {*first} else "labels")
     has_label = labeled or column in first
     if not has_label and any(column in rows[k] for k in range(len(rows))):
         raise DataError(f"All rows must have {column!r}, or none, got none in row 0; add it.")

@@ -59,4 +59,4 @@ def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
         return CausalLM() if head == TEXT else _OF_HEADS[head]()
     if "tokens" in row:
         return TokenClassification()
-    return MultiLabel() if is_list(row.get("label")) else Regression()
+    return MultiLabel() if is_list(row["label"]) else Regression()

@@ -158,8 +158,7 @@ class SequenceClassification(Likelihood):
         if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
             if classes == () and self.trained_head and not logit_names(net):
                 _check_places(names, [*map(str, range(len(names)))])
-            order = logit_names(net) or self.data_names
-            classes = _classes(classes, net, rows, names, column, labeled, order)
+            classes = self._named(classes, net, rows, names, column, labeled)
         elif classes is None and names:
             classes = class_names(net, names)
         if training:
@@ -186,6 +185,40 @@ class SequenceClassification(Likelihood):
 
         return numbered
 
+    def _named(
+        self, classes: Any, net: nn.Module, rows: Any, names: list[str], column: str, labeled: bool
+    ) -> tuple[str, ...] | None:
+        """The names of the classes for rows, which it checks; ``None`` if none are known."""
+        if isinstance(first := rows[0], Item):
+            items = [rows[k] for k in range(len(rows))]
+            labels = [item.choices[item.label] for item in items]
+            given: list[Any] = [choice for item in items for choice in item.choices]
+            own: list[Any] = [*first.choices]
+        else:
+            texts = [] if "input_ids" in first else ["text"]
+            if not (texts or names or column == "label"):
+                return classes
+            needed, column = labeled or column in first, "label" if texts else column
+            given = labels = checked_labels(rows, needed, A_CLASS, *texts, column=column)
+            if not labels:
+                return classes
+            own = names or names_of(rows)
+        if classes == ():  # of a head that was trained on numbers, a number stays one
+            if are_numbers(given):
+                _check_places(names, logit_names(net) or self.data_names)
+            else:
+                classes = _names_of_numbers(net, given[0])
+        if classes is None:
+            classes = class_names(net, own)
+        count = len(classes) or getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
+        # now, not in the batch in which it comes
+        if (most := max(label_of({"label": label}, classes, names) for label in labels)) >= count:
+            raise DataError(
+                f"The column {column!r} must number the {count} logits from 0, got {most}; name "
+                f"the classes as texts, or load the network with num_labels={most + 1}."
+            )
+        return classes
+
     def with_classes(
         self, collate: C, net: nn.Module, names: Sequence[str | int], training: bool
     ) -> tuple[C, int]:
@@ -196,9 +229,10 @@ class SequenceClassification(Likelihood):
         collate = copy.copy(collate)  # with what a subclass has added
         self._check_order(collate.classes, [], net)
         classes = self.classes or collate.classes or self.classes
-        if classes or (classes is None and names):  # refuses more than there are outputs, too
-            classes = classes or class_names(net, names)
-            class_names(net, classes)
+        if classes is None and names:
+            classes = class_names(net, names)
+        if classes:
+            class_names(net, classes)  # refuses more than there are outputs
         if training:
             self.classes = classes
         collate.classes = classes or ()
@@ -269,47 +303,6 @@ def _are_logits(names: Sequence[str | int], net: nn.Module) -> bool:
     """Whether the names of classes are numbers of logits."""
     count = getattr(getattr(net, "config", None), "num_labels", None)
     return are_numbers(names) and (count is None or max(map(int, names), default=0) < count)
-
-
-def _classes(
-    classes: Any,
-    net: nn.Module,
-    rows: Any,
-    names: list[str],
-    column: str,
-    labeled: bool,
-    order: Sequence[str],
-) -> tuple[str, ...] | None:
-    """The names of a classifier's classes for rows, which it checks; ``None`` if none are known."""
-    if isinstance(first := rows[0], Item):
-        items = [rows[k] for k in range(len(rows))]
-        labels = [item.choices[item.label] for item in items]
-        given: list[Any] = [choice for item in items for choice in item.choices]
-        own: list[Any] = [*first.choices]
-    else:
-        texts = [] if "input_ids" in first else ["text"]
-        if not (texts or names or column == "label"):
-            return classes
-        needed, column = labeled or column in first, "label" if texts else column
-        given = labels = checked_labels(rows, needed, A_CLASS, *texts, column=column)
-        if not labels:
-            return classes
-        own = names or names_of(rows)
-    if classes == ():  # of a head that was trained on numbers, a number stays one
-        if are_numbers(given):
-            _check_places(names, order)
-        else:
-            classes = _names_of_numbers(net, given[0])
-    if classes is None:
-        classes = class_names(net, own)
-    count = len(classes) or getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
-    # now, not in the batch in which it comes
-    if (most := max(label_of({"label": label}, classes, names) for label in labels)) >= count:
-        raise DataError(
-            f"The column {column!r} must number the {count} logits from 0, got {most}; name "
-            f"the classes as texts, or load the network with num_labels={most + 1}."
-        )
-    return classes
 
 
 def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora import BayesianLoRA, likelihoods
+from pyro_blora import likelihoods
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import (
     CausalLM,
@@ -79,11 +79,6 @@ def test_a_likelihood_without_num_data_warns():
     with pytest.warns(UserWarning, match=r"num_data.*num_data=len\(train\)"):
         trace = pyro.poutine.trace(blora.model).get_trace(tiny.sequences())
     assert trace.nodes["labels"]["scale"] == 1
-
-
-def test_the_usual_likelihood_is_of_the_network_s_kind():
-    assert isinstance(BayesianLoRA(tiny.llama()).likelihood, CausalLM)
-    assert isinstance(BayesianLoRA(tiny.bert()).likelihood, SequenceClassification)
 
 
 def test_causal_lm_is_the_loss_of_transformers():

@@ -6,7 +6,7 @@ import torch
 from kinds import ROWS, adapter
 
 from pyro_blora import fit
-from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.errors import DataError
 from pyro_blora.likelihoods import Ordinal
 
 
@@ -48,8 +48,3 @@ def test_gradients_are_finite_in_the_tails():
 def test_a_row_without_a_class_is_named(label):
     with pytest.raises(DataError, match=r"must hold a whole number below 4, got .* in row 40"):
         fit(adapter("order"), [*ROWS["order"], {"text": "bad", "label": label}], num_steps=1)
-
-
-def test_one_class_is_refused():
-    with pytest.raises(ConfigurationError, match="num_classes must be at least 2, got 1"):
-        Ordinal(num_classes=1)
