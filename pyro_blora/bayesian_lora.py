@@ -33,7 +33,14 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
-from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, make_guide
+from pyro_blora.posterior.guide import (
+    GuideFactory,
+    analytic_kl,
+    described,
+    draws_apart,
+    make_guide,
+    posteriors_of,
+)
 from pyro_blora.posterior.posterior import Posterior, Samples
 from pyro_blora.posterior.store import use_own_tensors
 from pyro_blora.posterior.temperature import calibrate, distill
@@ -408,23 +415,20 @@ class BayesianLoRA(PyroModule):
         return self.likelihood.metrics(prediction, labels)
 
     @one_at_a_time
+    @torch.no_grad()
     def rewards(
         self,
-        texts: Sequence[Any],
+        texts: Sequence[str | tuple[str, str]],
         num_samples: int | None = None,
         *,
         collate: PreferenceCollator | None = None,
     ) -> Tensor:
         """The rewards of texts under each draw, ``(S, n)``, by the likelihood ``Preference``.
 
-        The draws are the same for all texts and in each call, so a reward does not depend on which
-        other texts there are. Preferences say nothing of where rewards are zero, so take their
-        differences within each draw. The unit is that of log-odds, after the temperature.
-
-        Args:
-            texts: texts, or pairs of a prompt and its answer; each may be a list of chat messages.
-            num_samples: number of draws, 0 for the mean. Default: as in :meth:`predict`.
-            collate: reads the texts. Default: ``PreferenceCollator(blora.tokenizer)``.
+        A text may be a pair of a prompt and its answer. The draws are the same for all texts and in
+        each call, so a reward does not depend on which other texts there are. Preferences say
+        nothing of where rewards are zero, so take their differences within each draw. The unit is
+        that of log-odds, after the temperature.
 
         Example::
 
@@ -433,20 +437,24 @@ class BayesianLoRA(PyroModule):
             best = (gains.mean(0) - gains.std(0)).argmax()  # by a lower confidence bound
         """
         check_kind("texts", texts, list)
-        if not isinstance(self.likelihood, Preference) or (collate or self.tokenizer) is None:
+        collate = collate or (self.tokenizer and PreferenceCollator(self.tokenizer))
+        if not isinstance(self.likelihood, Preference) or collate is None:
             raise ConfigurationError(
                 "rewards must have the likelihood Preference and a tokenizer, got "
                 f"{type(self.likelihood).__name__} and {type(self.tokenizer).__name__}."
             )
-        collate = collate or PreferenceCollator(self.tokenizer)
-        rows, run = collate.rows_of(texts), self.posterior.in_common(num_samples)
+        self.method.check_draws()
+        posteriors_of(self.guide, None)  # raises if the draws depend on the input
 
         def scored(batch: Batch) -> tuple[Tensor, None]:
-            return run(batch).squeeze(-1).cpu(), None
+            with draws_apart(self.guide, self.device):  # one a pass, whatever the batch's size
+                passes = [*self.posterior.logits(batch, num_samples, max_rows=1)]
+            return torch.cat(passes).squeeze(-1).cpu(), None
 
-        size = max(1, 256 // max(1, self.method.draws(num_samples)))  # to limit the memory
-        options: dict[str, Any] = {"precision": "float32", "progress": False, "batch_size": size}
-        parts, _, back = over_dataset(scored, rows, collate, self.device, **options)
+        options: dict[str, Any] = {"precision": "float32", "progress": False}
+        parts, _, back = over_dataset(
+            scored, collate.rows_of(texts), collate, self.device, **options
+        )
         return torch.cat(parts, 1)[:, back]
 
     @one_at_a_time

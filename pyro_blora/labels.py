@@ -21,14 +21,18 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_list(value: Any) -> bool:
+    """Whether a value is a list, or a tensor or an array of several values."""
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+
+
 def list_of(kind: Kind) -> Kind:
     """Lists, not empty, of values of a kind."""
-
-    def holds(value: Any) -> bool:
-        values = value.tolist() if hasattr(value, "tolist") else value
-        return isinstance(values, list | tuple) and len(values) > 0 and all(map(kind[1], values))
-
-    return f"a list of which each is {kind[0]}", holds
+    words, is_right = kind
+    return (
+        f"a list of which each is {words}",
+        lambda value: is_list(value) and len(value) > 0 and all(map(is_right, value)),
+    )
 
 
 A_TEXT: Kind = ("a text", lambda value: isinstance(value, str))
@@ -48,9 +52,10 @@ def check_rows(
     for k in range(len(rows)):
         row = rows[k]
         if missing := [name for name in columns if name not in row]:
+            remedy = f"rename those that hold the {' and the '.join(missing)}"
             raise DataError(
                 f"Rows must have the columns {' and '.join(columns)}, got {', '.join(row)} in row "
-                f"{k}; rename those that hold the {' and the '.join(missing)}."
+                f"{k}; {'pass likelihood=Preference()' if 'chosen' in row else remedy}."
             )
         given = [name for name in optional if (v := row.get(name)) is not None and v == v]
         for name in (*columns, *given):
@@ -70,8 +75,7 @@ def checked_labels(
     If they are ``labeled``, each row must have a label, otherwise all or none.
     """
     first = rows[0]
-    encoded = {"input_ids", "labels"} <= {*first} and "label" not in first
-    column = column or ("labels" if encoded else "label")
+    column = column or ("label" if {"label", "text"} & {*first} else "labels")
     has_label = labeled or column in first
     if not has_label and any(column in rows[k] for k in range(len(rows))):
         raise DataError(f"All rows must have {column!r}, or none, got none in row 0; add it.")

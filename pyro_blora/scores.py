@@ -17,10 +17,15 @@ SHOWN: dict[str, tuple[str, float, str]] = {
     "ece": ("ECE %", 100, ".1f"),
     "gap": ("gap %", 100, "+.1f"),
     "auroc": ("AUROC %", 100, ".1f"),
+    "false_positive_rate": ("false positives %", 100, ".1f"),
+    "threshold": ("threshold", 1, ".3f"),
     "rmse": ("RMSE", 1, ".3f"),
     "crps": ("CRPS", 1, ".3f"),
     "coverage": ("90 % interval covers %", 100, ".1f"),
     "nll": ("NLL", 1, ".3f"),
+    "nll_per_token": ("NLL per token", 1, ".3f"),
+    "nll_per_text": ("NLL per text", 1, ".3f"),
+    "perplexity": ("perplexity", 1, ".2f"),
     "brier": ("Brier", 1, ".3f"),
 }
 

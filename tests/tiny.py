@@ -1,6 +1,7 @@
 """Transformers of a few thousand weights, made from their configurations, and batches for them."""
 
 import inspect
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -11,7 +12,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyro_blora import BayesianLoRA, fit, guides, models
 from pyro_blora.inference.trainer import BayesianLoRATrainer
-from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.likelihoods import (
+    CausalLM,
+    LabelTokens,
+    MultiLabel,
+    MultipleChoice,
+    Ordinal,
+    Preference,
+    Regression,
+    SequenceClassification,
+    TokenClassification,
+)
 
 VOCABULARY = 32
 ANSWERS = (5, 6, 7)
@@ -299,3 +310,17 @@ def contract(module, base, name, *, make=None, parts=None, **members):
         members["parts"] = lambda self: parts
     name = f"Test{name}"
     module[name] = type(name, (base,), {"__module__": module["__name__"], **members})
+
+
+#: How each likelihood is made, a network, and its batches.
+LIKELIHOODS = {
+    "CausalLM": (CausalLM, llama, texts),
+    "LabelTokens": (partial(LabelTokens, token_ids=ANSWERS), llama, sequences),
+    "MultiLabel": (MultiLabel, labeler, several),
+    "MultipleChoice": (MultipleChoice, llama, choices),
+    "Ordinal": (partial(Ordinal, num_classes=3), scorer, sequences),
+    "Preference": (Preference, scorer, pairs),
+    "Regression": (Regression, scorer, numbers),
+    "SequenceClassification": (SequenceClassification, bert, sequences),
+    "TokenClassification": (TokenClassification, partial(bert, task="TokenClassification"), tags),
+}

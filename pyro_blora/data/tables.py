@@ -9,7 +9,7 @@ from typing import Any
 
 from pyro_blora.errors import DataError, first_line, near_miss
 from pyro_blora.items import FORMAT, Item, item_of
-from pyro_blora.labels import check_rows, classes_of, is_subset, name_of, names_of
+from pyro_blora.labels import check_rows, classes_of, is_list, is_subset, name_of, names_of
 
 FILES = (".csv", ".json", ".jsonl", ".parquet")
 #: The names that a split may have in files and tables, and what they mean.
@@ -80,12 +80,8 @@ def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> li
         try:
             if line.strip():
                 record = json.loads(line)
-                is_row = isinstance(record, dict) and not {*record} >= {
-                    "question",
-                    "choices",
-                    "label",
-                }
-                if only_items or not is_row:
+                columns = {"question", "choices", "label"}
+                if only_items or not isinstance(record, dict) or {*record} >= columns:
                     record = item_of(record, {"id": f"{path.stem}-{number}"})
                 items.append(record)
         except ValueError as error:  # invalid JSON, UTF-8 or item
@@ -121,12 +117,10 @@ def are_items(tables: Mapping[str, Any]) -> bool:
     row: Any = next((table[0] for table in tables.values() if len(table)), {})
     if isinstance(row, Item) or "question" in row:
         return True
-    label = row.get("label")
-    several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) > 0
-    numbers = isinstance(label, float) and any(
+    numbers = isinstance(row.get("label"), float) and any(
         table[k]["label"] % 1 for table in tables.values() for k in range(len(table))
     )
-    return not (several or numbers or {"tokens", "chosen"} & set(row))
+    return not (numbers or is_list(row.get("label")) or {"tokens", "chosen"} & set(row))
 
 
 def items_of(tables: Mapping[str, Any]) -> dict[str, list[Item]]:

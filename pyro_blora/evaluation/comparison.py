@@ -203,10 +203,9 @@ class Comparison:
             raise ConfigurationError("A reliability diagram must be of classes, got numbers.")
         pooled = {}
         for name, rows in self.by_method().items():
-            known = [row.labels >= 0 for row in rows]  # -100 stands for a missing label
-            pairs = zip(rows, known, strict=True)
-            probs = torch.cat([row.probs[at] for row, at in pairs])
-            pooled[name] = probs, torch.cat([r.labels[k] for r, k in zip(rows, known, strict=True)])
+            known = torch.cat([row.labels >= 0 for row in rows])  # -100 stands for a missing label
+            probs, labels = (torch.cat([getattr(r, n) for r in rows]) for n in ("probs", "labels"))
+            pooled[name] = probs[known], labels[known]
         return reliability_diagram(pooled)
 
 
@@ -368,9 +367,10 @@ def compare(
                 pair = load_for(network, len(task.test[0].choices), seed)
             else:
                 rows = (*whole.train, *whole.validation, *whole.test)
-                pair = load_for(network, shared.num_outputs(rows), seed, shared.head)
-                if (names := shared.output_names(rows)) and not logit_names(pair[0]):
-                    pair[0].config.id2label = dict(enumerate(names))  # a seed may not see them all
+                names = shared.output_names(rows)  # of all, of which a seed may see a few
+                pair = load_for(network, len(names), seed, *shared.heads[:1])
+                if not logit_names(pair[0]):
+                    pair[0].config.id2label = dict(enumerate(names))
         if shared is None:
             collate = task.collator(pair[1], net=pair[0])
         else:

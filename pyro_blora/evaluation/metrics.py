@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
@@ -15,7 +14,7 @@ from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.generation.generate import Generation
 from pyro_blora.posterior.temperature import best_temperature
 from pyro_blora.prediction import Prediction
-from pyro_blora.scores import auroc
+from pyro_blora.scores import Metrics, auroc
 from pyro_blora.updates import LowRankUpdate
 
 CRITERIA = ("mutual_information", "entropy", "random")
@@ -183,31 +182,16 @@ def threshold_for(
     return threshold
 
 
-@dataclass(frozen=True)
-class OutOfScope:
-    """How well a doubt separates questions out of scope, as :func:`out_of_scope` defines it."""
-
-    auroc: float
-    false_positive_rate: float
-    threshold: float
-
-    def __str__(self) -> str:
-        return (
-            f"AUROC {100 * self.auroc:.1f}  "
-            f"false positives {100 * self.false_positive_rate:.1f}  threshold {self.threshold:.3f}"
-        )
-
-
 def out_of_scope(
     inside: Prediction, outside: Prediction, *, by: str = "entropy", recall: float = 0.95
-) -> OutOfScope:
+) -> Metrics:
     """Scores how well doubt separates the questions of a task from others.
 
-    The AUROC is the probability that a question from outside has the higher doubt (:func:`auroc`).
-    The threshold is the doubt up to which the share ``recall`` of the inside is answered; no
-    question from outside is needed to set it. The false positive rate is the share of the outside
-    that is answered, too. For a bound on the share of wrong answers among those given, pass both
-    to :func:`threshold_for`, ``Prediction.cat([inside, outside])``, with label -1 for the outside.
+    The ``auroc`` is the probability that a question from outside has the higher doubt. The
+    ``threshold`` is the doubt up to which the share ``recall`` of the inside is answered; no
+    question from outside is needed to set it. The ``false_positive_rate`` is the share of the
+    outside that is answered, too. For a bound on the share of wrong answers among those given, pass
+    ``Prediction.cat([inside, outside])`` to :func:`threshold_for`, with label -1 for the outside.
 
     Args:
         inside: of questions of the task.
@@ -237,7 +221,8 @@ def out_of_scope(
     answered = math.ceil(recall * len(known) - 1e-9)
     threshold = known.sort().values[answered - 1]
     rate = float((unknown <= threshold).double().mean())
-    return OutOfScope(auroc(known, unknown), rate, float(threshold))
+    scores = {"auroc": auroc(known, unknown), "false_positive_rate": rate}
+    return Metrics(scores, threshold=float(threshold))
 
 
 @torch.no_grad()
@@ -272,23 +257,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return temperature
 
 
-@dataclass(frozen=True)
-class TextMetrics:
-    """Scores of ``n`` texts or answers, as :func:`evaluate_text` defines them; NLL in nats."""
-
-    nll_per_token: float
-    perplexity: float
-    nll_per_text: float
-    n: int
-
-    def __str__(self) -> str:
-        return (
-            f"NLL {self.nll_per_token:.3f} per token, {self.nll_per_text:.3f} per text; "
-            f"perplexity {self.perplexity:.2f}"
-        )
-
-
-def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
+def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> Metrics:
     r"""Scores texts by their log probabilities, as ``blora.log_predictive_dataset`` gives them.
 
     .. math::
@@ -310,7 +279,8 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> TextMetrics:
         )
     total = -float(log_probs.double().sum())
     per_token, per_text = total / int(num_tokens.sum()), total / len(log_probs)
-    return TextMetrics(per_token, math.exp(min(per_token, 700.0)), per_text, len(log_probs))
+    scores = {"nll_per_token": per_token, "nll_per_text": per_text, "n": len(log_probs)}
+    return Metrics(scores, perplexity=math.exp(min(per_token, 700.0)))
 
 
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:

@@ -132,7 +132,7 @@ class Snapshot:
         read_store(blora)
         self.blora, self.tokenizer = blora, blora.tokenizer
         self.started, likelihood = is_started(blora.guide), blora.likelihood
-        self.settled = {name: getattr(likelihood, name) for name in likelihood.settled}
+        self.settled = likelihood.options()  # some of which a training sets
         self.tensors = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
 
     @contextmanager

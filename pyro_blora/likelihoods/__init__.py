@@ -5,14 +5,16 @@ from typing import Any
 
 from torch import nn
 
+from pyro_blora.labels import is_list
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.likelihoods._prompts import NumberCollator
 from pyro_blora.likelihoods.causal_lm import CausalLM, TextCollator
 from pyro_blora.likelihoods.label_tokens import LabelTokens, LabelTokensCollator
 from pyro_blora.likelihoods.multi_label import MultiLabel, MultiLabelCollator
 from pyro_blora.likelihoods.multiple_choice import MultipleChoice, MultipleChoiceCollator
 from pyro_blora.likelihoods.ordinal import Ordinal
 from pyro_blora.likelihoods.preference import Preference, PreferenceCollator
-from pyro_blora.likelihoods.regression import NumberCollator, Regression
+from pyro_blora.likelihoods.regression import Regression
 from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
     SequenceClassification,
@@ -45,7 +47,7 @@ __all__ = [
 
 
 _KINDS = (SequenceClassification, Regression, MultiLabel, TokenClassification)
-_OF_HEADS = {kind.head: kind for kind in _KINDS}
+_OF_HEADS = {kind.heads[0]: kind for kind in _KINDS}
 
 
 def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
@@ -57,6 +59,4 @@ def usual_likelihood(net: nn.Module | None, row: Any = None) -> Likelihood:
         return CausalLM() if head == TEXT else _OF_HEADS[head]()
     if "tokens" in row:
         return TokenClassification()
-    label = row.get("label") if isinstance(row, Mapping) else None
-    several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) > 0
-    return MultiLabel() if several else Regression()
+    return MultiLabel() if is_list(row["label"]) else Regression()

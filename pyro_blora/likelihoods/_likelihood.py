@@ -15,9 +15,10 @@ from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from pyro_blora.errors import BatchError, ConfigurationError, check_count
-from pyro_blora.likelihoods._prompts import PromptCollator, is_from
+from pyro_blora.labels import FINITE, Kind, checked_labels
+from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
 from pyro_blora.network.shortcuts import Shortcuts
-from pyro_blora.network.targets import CLASS
+from pyro_blora.network.targets import kind_of_head
 from pyro_blora.options import Options
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import Metrics, evaluate, evaluate_numbers
@@ -38,10 +39,9 @@ class Likelihood(Options, PyroModule):
     A subclass defines :meth:`logits` and, if the labels are not one class per example,
     :meth:`distribution` and :meth:`check_labels`. ``pyro.plate("data", num_data, ...)`` scales the
     log-likelihood of a batch to the data set. If it reads rows of text, it defines
-    :meth:`collator`, and :meth:`read` to refuse a row before the first step;
-    :meth:`check_network` refuses a network of another kind, and ``new_head`` says that its head is
-    trained, too. A file in ``pyro_blora.likelihoods`` is named in ``__init__.py``, by which saved
-    adapters find its class.
+    :meth:`collator`, and :meth:`read` to refuse a row before the first step; ``new_head`` says
+    that the network's head is trained, too. A file in ``pyro_blora.likelihoods`` is named in
+    ``__init__.py``, by which saved adapters find its class.
 
     A subclass may create parameters, each a :class:`pyro.nn.PyroParam`, in its constructor; its
     ``roles`` give their learning rates, as in a prior. They are trained and saved with the adapter.
@@ -58,12 +58,13 @@ class Likelihood(Options, PyroModule):
 
     keys: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")  # which a batch must have
     row_dims: ClassVar[int] = 2  # dimensions of input_ids: B x T, or 3 for several rows an example
-    head: ClassVar[str] = CLASS  # what the network's head gives, of pyro_blora.network.targets
+    # what the network's head may give, of pyro_blora.network.targets, the usual first; or anything
+    heads: ClassVar[tuple[str, ...]] = ()
     new_head: ClassVar[bool] = False  # whether the network's heads are trained, too, by default
     roles: ClassVar[dict[str, str]] = {}
     held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
     padding: ClassVar[type] = DataCollatorWithPadding  # of rows of token ids
-    settled: ClassVar[tuple[str, ...]] = ("num_data",)  # attributes that a training may set
+    usual_collator: ClassVar[type[Any] | None] = None  # of rows of text
     task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
     trained_head: bool = False  # whether the head is that of a LoRA, trained before
@@ -82,7 +83,20 @@ class Likelihood(Options, PyroModule):
         return bound.to(device)
 
     def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError if ``net`` is of an unsuitable kind; by default never."""
+        """Raises ConfigurationError if ``net`` is of an unsuitable kind, such as in its head."""
+        if self.heads and (kind := kind_of_head(net)) not in self.heads:
+            config = getattr(net, "config", None)
+            problem, count = (getattr(config, n, None) for n in ("problem_type", "num_labels"))
+            raise ConfigurationError(
+                f"{type(net).__name__} must have a head for {' or '.join(self.heads)}, got one for "
+                f"{kind}, problem_type={problem!r} and num_labels={count}; load it with another "
+                "class of transformers or other num_labels=, or pass another likelihood=."
+            )
+
+    @property
+    def label_kind(self) -> Kind:
+        """What the label of a row of text must be; finite numbers by default."""
+        return FINITE
 
     @property
     def has_classes(self) -> bool:
@@ -94,16 +108,15 @@ class Likelihood(Options, PyroModule):
         """Whether the logits' softmax gives probabilities of classes, one or more an example."""
         return self.has_classes
 
-    def num_outputs(self, rows: Any) -> int:
-        """The number of outputs that a new head must have for these rows."""
-        return len(self.output_names(rows)) or 1
-
     def output_names(self, rows: Any) -> Sequence[str]:
-        """The names of these outputs in order, if the rows name them."""
-        return ()
+        """The names of the outputs that a new head must have for these rows; one by default."""
+        return ("LABEL_0",)
 
     def collator(self, tokenizer: Any, row: Any) -> Collate:
         """The default collator of rows of text such as ``row``, which a subclass may define."""
+        if self.usual_collator is not None:
+            collate: Collate = self.usual_collator(tokenizer)
+            return collate
         columns = ", ".join(map(str, row if isinstance(row, Mapping) else vars(row)))
         raise ConfigurationError(
             f"{type(self).__name__} must be given collate= for rows of {columns}, such as "
@@ -119,8 +132,11 @@ class Likelihood(Options, PyroModule):
         may name the classes. A subclass checks the rows of its own collator, which are a sequence
         of dictionaries or items, and raises DataError with the number of the row.
         """
-        if isinstance(collate, PromptCollator) and is_from(collate, "pyro_blora."):
-            collate.check(rows, labeled)  # a user's subclass may read other columns
+        if is_from(collate, "pyro_blora."):  # a user's subclass may read other columns
+            if isinstance(collate, PromptCollator):
+                collate.check(rows, labeled)
+            elif isinstance(collate, NumberCollator):
+                checked_labels(rows, labeled, self.label_kind, "text")
         return collate
 
     def check_loader(
@@ -249,7 +265,8 @@ class Likelihood(Options, PyroModule):
         count = len(batch[self.keys[0]])
         if not count:
             raise BatchError("A batch must have an example, got an empty one; check the data set.")
-        mask = batch.get("attention_mask") if self.row_dims == 2 else None
+        # of options, one may be absent
+        mask = None if "option_mask" in self.keys else batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.is_cpu and (~mask.any(-1)).any():
             raise BatchError(
                 "Each row of attention_mask must have a real token, got a row of padding alone; "

@@ -91,7 +91,7 @@ class PromptCollator:
         return ids, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
 
 
-class RowCollator:
+class NumberCollator:
     """Makes a row of token ids from every text, for a network with a head.
 
     Args:
@@ -99,8 +99,8 @@ class RowCollator:
         max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
 
     Called on B dictionaries with ``text``, ``text_pair`` where there is one, and ``label``, it
-    returns the tokenizer's tensors, ``(B, T)``, and ``labels``, unless the first row has none. A
-    subclass defines :meth:`labels`.
+    returns the tokenizer's tensors, ``(B, T)``, and unless the first row has no label ``labels``,
+    float, ``(B,)``, or what a subclass makes of them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
@@ -112,22 +112,18 @@ class RowCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The batch of a list of rows."""
-        texts = [(row["text"], row.get("text_pair")) for row in rows]
-        batch = self._encoded(texts)
+        plain = [(row["text"].removeprefix(self._start), row.get("text_pair")) for row in rows]
+        # a data frame has NaN where a row has no second text
+        given = [both if isinstance(both[1], str) else both[0] for both in plain]
+        options = {"padding": True, "truncation": True, "max_length": self.max_length}
+        batch = dict(self.tokenizer(given, **options, return_tensors="pt"))
         if "label" in rows[0]:
             batch["labels"] = self.labels(rows)
         return batch
 
     def labels(self, rows: Sequence[Any]) -> Tensor:
-        """The labels of rows as numbers, ``(B,)``."""
+        """The labels of rows as numbers, ``(B, ...)``."""
         return torch.tensor([float(row["label"]) for row in rows])
-
-    def _encoded(self, texts: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        plain = [(text.removeprefix(self._start), pair) for text, pair in texts]
-        # a data frame has NaN where a row has no second text
-        given = [both if isinstance(both[1], str) else both[0] for both in plain]
-        options = {"padding": True, "truncation": True, "max_length": self.max_length}
-        return dict(self.tokenizer(given, **options, return_tensors="pt"))
 
 
 def is_from(collate: Any, *packages: str) -> bool:

@@ -1,8 +1,6 @@
 """Classification by several labels at once, each of which applies or does not."""
 
-import copy
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
@@ -12,17 +10,53 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
-from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.labels import Kind, checked_labels, place_of
+from pyro_blora.errors import DataError
+from pyro_blora.labels import Kind, checked_labels, is_list, place_of
 from pyro_blora.likelihoods._likelihood import Batch, Collate
-from pyro_blora.likelihoods._prompts import is_from
 from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
     SequenceClassification,
 )
-from pyro_blora.network.targets import CLASS, LABELS, logit_names
+from pyro_blora.network.targets import CLASS, LABELS
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import Metrics, auroc, item_scores
+
+
+def _is_set(value: Any) -> bool:
+    if not is_list(value):
+        return False
+    return all(isinstance(n, str) for n in value) or all(n in (0, 1) for n in value)
+
+
+A_SET: Kind = ("a list of the names that apply, or of 0 and 1 for each label", _is_set)
+
+
+class MultiLabelCollator(ClassificationCollator):
+    """Makes a row from every text, with 0 or 1 for each label.
+
+    Takes the arguments of :class:`ClassificationCollator`. Called on B dictionaries with ``text``,
+    ``text_pair`` where there is one, and ``label`` (a list of the names that apply, or of 0 and 1),
+    it returns the tokenizer's tensors, ``(B, T)``, and ``labels``, float as in transformers,
+    ``(B, L)``, unless the first row has none.
+    """
+
+    def labels(self, rows: Sequence[Any]) -> Tensor:
+        """Whether each label applies to each row, ``(B, L)``."""
+        return torch.tensor([multi_hot(row["label"], self.classes) for row in rows])
+
+
+def multi_hot(label: Any, classes: tuple[str, ...], size: int = 0, where: str = "") -> list[float]:
+    """A 1 for each of ``size`` outputs that applies, else 0, of a list of names or of 0 and 1."""
+    places = [place_of(name, classes) if isinstance(name, str) else -1 for name in label]
+    if classes and not {None, -1} & {*places}:
+        return [float(k in places) for k in range(len(classes))]
+    if {*places} != {-1} or size not in (0, len(label)):
+        raise DataError(
+            f"The labels must be names of {list(classes)}, or 0 or 1 for each of {size} outputs, "
+            f"got {list(label)!r:.80}{where}; leave the row out, or pass MultiLabel(classes=[...]) "
+            "with all names, spelled alike."
+        )
+    return [*map(float, label)]
 
 
 class MultiLabel(SequenceClassification):
@@ -42,14 +76,9 @@ class MultiLabel(SequenceClassification):
         classes: the names of the labels, in the order of the network's outputs; an empty tuple if
             they have none. Default: ``fit`` takes those of the network, or of the rows, sorted.
 
-    A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
-    network, and ``labels`` (``B x L``), 0 or 1 as integers or floats. Rows have ``text``,
-    ``text_pair`` if there is a second one, and ``label``: a list of the names that apply, or a list
-    with 0 or 1 for each output.
-
-    Raises:
-        ConfigurationError: the network has another head, or another number of outputs than names.
-        DataError: a row has another label; the message says which.
+    Batches and rows are those of :class:`SequenceClassification`, but a batch has 0 or 1 for each
+    label, ``B x L``, and the ``label`` of a row is a list of the names that apply, or of 0 and 1
+    for each output.
 
     Example::
 
@@ -58,51 +87,27 @@ class MultiLabel(SequenceClassification):
         blora.predict(["The food was cold."]).probs[0, :, 1]  # of each of blora.likelihood.classes
     """
 
-    head = LABELS
-    other_heads = (CLASS,)
+    heads = (LABELS, CLASS)
     is_categorical = True
+    usual_collator = MultiLabelCollator
 
-    def num_outputs(self, rows: Any) -> int:
-        """The number of names, or the length of the rows' lists."""
+    def output_names(self, rows: Any) -> Sequence[str]:
+        """``classes``, or the names in the rows, sorted, or of lists of 0 and 1 placeholders."""
         labels = checked_labels(rows, True, A_SET)
-        return len(self.classes or _names_in(labels)) or len(labels[0])
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`MultiLabelCollator`."""
-        return MultiLabelCollator(tokenizer)
+        outputs = range(max(map(len, labels)))
+        return self.classes or _names_in(labels) or [f"LABEL_{k}" for k in outputs]
 
     def read(
         self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
     ) -> Collate | None:
-        """The collator, which gets the names of the outputs; a training settles them.
-
-        A collator of transformers gets rows with 0 or 1 for each output in place of names.
-        """
-        encoded = isinstance(rows[0], Mapping) and "input_ids" in rows[0]
-        ours = copy.copy(collate) if isinstance(collate, MultiLabelCollator) else None
-        if not (ours or (encoded and is_from(collate, "transformers.", "torch."))):
+        """The collator, which gets the names of the outputs; it checks the rows, too."""
+        if type(collate) is not MultiLabelCollator:
             return collate  # which reads the labels by itself
-        columns = ["text"] if type(ours) is MultiLabelCollator else []  # a subclass may have others
-        labels = checked_labels(rows, labeled, A_SET, *columns)
-        names, count = _names_in(labels), getattr(getattr(net, "config", None), "num_labels", None)
-        known = self.classes or logit_names(net) or (ours.classes if ours else ())
-        classes = known or (names if self.classes is None else ())
-        if classes and count not in (None, len(classes)):
-            raise ConfigurationError(
-                f"The network must have an output for each of {list(classes)}, got {count}; load "
-                f"it with num_labels={len(classes)}, or name all of its outputs by classes=."
-            )
-        size = count or len(classes) or max(map(len, labels), default=0)
-        if classes and not known:
-            size = 0  # for the order of names that were sorted means nothing to a list of numbers
+        labels = checked_labels(rows, labeled, A_SET, "text")
+        ours, size = self.with_classes(collate, net, _names_in(labels), training)
         for k, label in enumerate(labels):
-            multi_hot(label, classes, size, f" in row {k}")
-        if training:
-            self.classes = classes
-        if ours:
-            ours.classes = classes
-            return ours
-        return partial(_numbered, collate, classes) if labels else collate
+            multi_hot(label, ours.classes, size, f" in row {k}")
+        return ours
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of "no" and "yes" for each label, ``(B, L, 2)``, of which the first is 0."""
@@ -125,8 +130,7 @@ class MultiLabel(SequenceClassification):
         A label that applies to none of the examples, or to all, has no AUROC.
         """
         nll = -float(prediction.log_prob(labels).sum(-1).mean())
-        each: Any = zip(prediction.probs.cpu().unbind(1), labels.cpu().unbind(1), strict=True)
-        each = [*each]
+        each = [*zip(prediction.probs.cpu().unbind(1), labels.cpu().unbind(1), strict=True)]
         ece = mean(float(item_scores(p, y)[2].mean()) for p, y in each)
         f1 = mean(float(f1_score(y, p.argmax(-1), zero_division=0)) for p, y in each)
         areas = [auroc(p[y == 0, 1], p[y == 1, 1]) for p, y in each if 0 < y.sum() < len(y)]
@@ -134,60 +138,5 @@ class MultiLabel(SequenceClassification):
         return Metrics(nll=nll, ece=ece, f1=f1, **scores, n=len(labels))
 
 
-class MultiLabelCollator(ClassificationCollator):
-    """Makes a row from every text, with 0 or 1 for each label.
-
-    Takes the arguments of :class:`ClassificationCollator`. Called on B dictionaries with ``text``,
-    ``text_pair`` where there is one, and ``label`` (a list of the names that apply, or of 0 and 1),
-    it returns the tokenizer's tensors, ``(B, T)``, and ``labels``, float as in transformers,
-    ``(B, L)``, unless the first row has none.
-    """
-
-    def labels(self, rows: Sequence[Any]) -> Tensor:
-        """Whether each label applies to each row, ``(B, L)``."""
-        return torch.tensor([multi_hot(row["label"], self.classes) for row in rows])
-
-    def likelihood(self, num_data: int | None = None) -> MultiLabel:
-        """The likelihood of these batches, whose labels are in the order of this collator."""
-        return MultiLabel(num_data=num_data, classes=self.classes or None)
-
-
-def multi_hot(
-    label: Any, classes: tuple[str, ...], size: int | None = None, where: str = ""
-) -> list[float]:
-    """A 1 for each output that applies, else 0, of a list of names or of 0 and 1.
-
-    A list of numbers must have the length ``size``, which is 0 if there may be none.
-    """
-    names = [name for name in label if isinstance(name, str)]
-    places = [place_of(name, classes) for name in names]
-    if classes and len(names) == len(label) and None not in places:
-        return [float(k in places) for k in range(len(classes))]
-    if names or not len(label) or size not in (None, len(label)):
-        kinds = [f"names of {list(classes)}"] if classes or not size else []
-        kinds += [f"0 or 1 for each of {size} outputs"] if size else []
-        raise DataError(
-            f"The labels must be {' or '.join(kinds)}, got {list(label)!r:.80}{where}; leave the "
-            "row out, or pass MultiLabel(classes=[...]) with all names, spelled alike."
-        )
-    return [*map(float, label)]
-
-
-def _numbered(collate: Any, classes: tuple[str, ...], rows: list[Any]) -> Any:
-    """The batch of rows of token ids, with 0 or 1 for each label."""
-    labels = [multi_hot(row.get("label", row.get("labels")), classes) for row in rows]
-    kept = [{name: row[name] for name in row if name != "label"} for row in rows]
-    return collate([{**row, "labels": y} for row, y in zip(kept, labels, strict=True)])
-
-
 def _names_in(labels: Sequence[Any]) -> tuple[str, ...]:
     return tuple(sorted({str(n) for label in labels for n in label if isinstance(n, str)}))
-
-
-def _is_set(value: Any) -> bool:
-    if not isinstance(value, list | tuple) and getattr(value, "ndim", 0) != 1:
-        return False
-    return all(isinstance(n, str) for n in value) or all(n in (0, 1) for n in value)
-
-
-A_SET: Kind = ("a list of the names that apply, or of 0 and 1 for each label", _is_set)

@@ -1,7 +1,6 @@
 """Classes in an order, by a head of one output."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pyro.distributions import constraints
@@ -9,10 +8,9 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
-from pyro_blora.labels import Kind, checked_labels
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import RowCollator
-from pyro_blora.likelihoods.reading import check_head, head_logits
+from pyro_blora.labels import Kind
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.likelihoods.sequence_classification import ClassificationCollator
 from pyro_blora.network.targets import NUMBER
 from pyro_blora.options import check_count
@@ -32,44 +30,31 @@ class Ordinal(Likelihood):
         num_classes: the number K of classes.
         num_data: number of training examples.
 
-    A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
-    network, and ``labels`` (``B``), from 0 to ``K - 1``. Rows have ``text``, ``text_pair`` if there
-    is a second one, and ``label``, a whole number.
+    Batches and rows are those of :class:`SequenceClassification`, with labels from 0 to ``K - 1``.
 
     Example::
 
         blora = BayesianLoRA(net, likelihood=Ordinal(num_classes=5), tokenizer=tokenizer)
     """
 
-    head = NUMBER
+    heads = (NUMBER,)
     new_head = True
     task_type = "SEQ_CLS"
     roles: ClassVar[dict[str, str]] = {"cuts": "likelihood"}
+    usual_collator = ClassificationCollator
 
     def __init__(self, *, num_classes: int, num_data: int | None = None) -> None:
         super().__init__(num_data=num_data)
         check_count("num_classes", num_classes, 2)
-        self.num_classes = num_classes
         even = (torch.arange(1, num_classes) / num_classes).logit()  # equal probabilities at f = 0
         self.cuts = PyroParam(even, constraints.ordered_vector)
 
-    def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError unless ``net`` has one output for each row."""
-        check_head(net, self.head)
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`ClassificationCollator` of numbers."""
-        return ClassificationCollator(tokenizer)
-
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """Checks that labels are whole numbers of classes."""
-        if isinstance(rows[0], Mapping) and isinstance(collate, RowCollator):
-            classes, words = range(self.num_classes), f"a whole number below {self.num_classes}"
-            kind: Kind = words, lambda label: not isinstance(label, bool) and label in classes
-            checked_labels(rows, labeled, kind, "text")
-        return collate
+    @property
+    def label_kind(self) -> Kind:
+        """Whole numbers of classes."""
+        classes = range(len(self.cuts) + 1)
+        words = f"a whole number below {len(classes)}"
+        return words, lambda label: not isinstance(label, bool) and label in classes
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logarithms of the probabilities, ``(B, K)``."""

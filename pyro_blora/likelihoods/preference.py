@@ -1,23 +1,81 @@
 """Preferences between texts by a head of one output, the reward."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pyro_blora.errors import BatchError, DataError
-from pyro_blora.labels import A_TEXT, Kind, check_rows
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.errors import DataError
+from pyro_blora.labels import Kind, check_rows
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.packing import check_noise
-from pyro_blora.likelihoods.reading import check_head, head_logits
+from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.network.targets import NUMBER
 
 _SPOKEN: Kind = ("a text with words", lambda value: isinstance(value, str) and bool(value.strip()))
-_MESSAGES: Kind = ("a list of messages", lambda value: isinstance(value, list) and bool(value))
+_KINDS = dict.fromkeys(("text", "chosen", "rejected"), _SPOKEN)
+
+
+class PreferenceCollator(PromptCollator):
+    """Makes a row from each text of every pair, after the prompt that both continue.
+
+    As in TRL the prompt and a text are joined as they are, and the end-of-text token follows. Where
+    TRL leaves out a pair that is too long, here each text loses what follows its special tokens at
+    the start, with a warning, because answers differ at their ends.
+
+    Takes the tokenizer and ``max_length`` of :class:`MultipleChoiceCollator`. Called on B
+    dictionaries with ``chosen``, ``rejected`` and perhaps ``prompt``, it returns ``input_ids`` and
+    ``attention_mask``, long, ``(B, 2, T)``, padded on the right, and ``labels``, zeros, ``(B,)``.
+    Of dictionaries with ``text`` in place of a pair it returns ``(B, 1, T)`` without labels.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
+        super().__init__(tokenizer, max_length=min(max_length, tokenizer.model_max_length))
+
+    def check(self, rows: Any, labeled: bool) -> None:
+        """Checks that each row is a pair of different texts."""
+        check_rows(rows, "chosen", "rejected", optional=("prompt",), kinds=_KINDS)
+        for k in range(len(rows)):
+            if (text := rows[k]["chosen"]) == rows[k]["rejected"]:
+                raise DataError(
+                    f"The texts of a pair must differ, got {text!r:.80} twice in row {k}; leave "
+                    "the row out."
+                )
+
+    def rows_of(self, texts: Sequence[str | tuple[str, str]]) -> list[dict[str, Any]]:
+        """Rows of single texts, or of pairs of a prompt and a text, which it checks."""
+        pairs = (text if isinstance(text, tuple) else (None, text) for text in texts)
+        rows = [{"prompt": prompt, "text": text} for prompt, text in pairs]
+        check_rows(rows, "text", optional=("prompt",), kinds=_KINDS)
+        return rows
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """The batch of a list of rows."""
+        names = ("text",) if "text" in rows[0] else ("chosen", "rejected")
+        texts = [self._text(row.get("prompt"), row[name]) for row in rows for name in names]
+        ids, mask = (each.unflatten(0, (len(rows), len(names))) for each in self._pad(texts))
+        batch = {"input_ids": ids, "attention_mask": mask}
+        return batch if len(names) == 1 else {**batch, "labels": torch.zeros(len(rows)).long()}
+
+    def _text(self, prompt: Any, text: str) -> list[int]:
+        """The ids of a prompt and a text, without the start of what is too long."""
+        joined = prompt + text if isinstance(prompt, str) else text  # a data frame has NaN
+        ids, end = self._ids(joined, special=True), self.tokenizer.eos_token_id
+        ids += [] if end is None or ids[-1:] == [end] else [end]
+        if (over := len(ids) - self.max_length) > 0:
+            warnings.warn(
+                f"A text of more than {self.max_length} tokens loses its start; pass collate="
+                "PreferenceCollator(tokenizer, max_length=...) to keep more.",
+                stacklevel=3,
+            )
+            special = self.tokenizer.all_special_ids
+            start = next((k for k, token in enumerate(ids) if token not in special), 0)
+            ids = ids[:start] + ids[start + over :]
+        return ids
 
 
 class Preference(Likelihood):
@@ -52,29 +110,11 @@ class Preference(Likelihood):
     """
 
     row_dims = 3
-    head = NUMBER
+    heads = (NUMBER,)
     new_head = True
     task_type = "SEQ_CLS"
     held_out = 1 / 8
-
-    def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError unless ``net`` has one output for each row."""
-        check_head(net, self.head)
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`PreferenceCollator`."""
-        return PreferenceCollator(tokenizer)
-
-    def examples(self, batch: Batch) -> int:
-        """Number of examples ``B``; each text must have a token."""
-        count = super().examples(batch)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        if ids.shape != mask.shape or (mask.is_cpu and (~mask.any(-1)).any()):
-            raise BatchError(
-                f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, and a real "
-                f"token of each text, got {tuple(mask.shape)} or padding alone; check the collator."
-            )
-        return count
+    usual_collator = PreferenceCollator
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The rewards, ``(B, K)``, of the ``K`` texts of each example."""
@@ -82,74 +122,3 @@ class Preference(Likelihood):
         texts = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() == 3}
         rewards = head_logits(net, {key: value.flatten(0, 1) for key, value in texts.items()})
         return rewards.reshape(batch["input_ids"].shape[:2])
-
-
-class PreferenceCollator(PromptCollator):
-    """Makes a row from each text of every pair, after the prompt that both continue.
-
-    As in TRL the prompt and a text are joined as they are, and the end-of-text token follows. Lists
-    of messages are joined, too, and written by the tokenizer's chat template. Where TRL leaves out
-    a pair that is too long, here each text loses what follows its special tokens at the start,
-    with a warning, because answers differ at their ends.
-
-    Takes the tokenizer and ``max_length`` of :class:`MultipleChoiceCollator`. Called on B
-    dictionaries with ``chosen``, ``rejected`` and perhaps ``prompt``, it returns ``input_ids`` and
-    ``attention_mask``, long, ``(B, 2, T)``, padded on the right, and ``labels``, zeros, ``(B,)``.
-    Of dictionaries with ``text`` in place of a pair it returns ``(B, 1, T)`` without labels.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
-        super().__init__(tokenizer, max_length=min(max_length, tokenizer.model_max_length))
-
-    def check(self, rows: Any, labeled: bool) -> None:
-        """Checks that each row is a pair of different texts."""
-        rows = rows if isinstance(rows[0], Mapping) else [vars(rows[0])]  # an item has no pair
-        self._check_texts(rows, "chosen", "rejected")
-        for k in range(len(rows)):
-            if (text := rows[k]["chosen"]) == rows[k]["rejected"]:
-                raise DataError(
-                    f"The texts of a pair must differ, got {text!r:.80} twice in row {k}; leave "
-                    "the row out."
-                )
-
-    def _check_texts(self, rows: Any, *columns: str) -> None:
-        """Checks that these columns and a prompt all have texts, or all have messages."""
-        some = rows[0].get(columns[0]) if len(rows) else None
-        kind = _MESSAGES if isinstance(some, list) else _SPOKEN
-        kinds = dict.fromkeys(columns, kind) | {"prompt": A_TEXT if kind is _SPOKEN else kind}
-        check_rows(rows, *columns, optional=("prompt",), kinds=kinds)
-
-    def rows_of(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
-        """Rows of single texts, or of pairs of a prompt and a text, which it checks."""
-        pairs = (text if isinstance(text, tuple) else (None, text) for text in texts)
-        rows = [{"prompt": prompt, "text": text} for prompt, text in pairs]
-        self._check_texts(rows, "text")
-        return rows
-
-    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """The batch of a list of rows."""
-        pairs = "chosen" in rows[0]
-        names = ("chosen", "rejected") if pairs else ("text",)
-        texts = [self._text(row.get("prompt"), row[name]) for row in rows for name in names]
-        ids, mask = (each.unflatten(0, (len(rows), len(names))) for each in self._pad(texts))
-        batch = {"input_ids": ids, "attention_mask": mask}
-        return {**batch, "labels": torch.zeros(len(rows)).long()} if pairs else batch
-
-    def _text(self, prompt: Any, text: Any) -> list[int]:
-        """The ids of a prompt and a text, without the start of what is too long."""
-        text = prompt + text if isinstance(prompt, str | list) else text  # a data frame has NaN
-        if isinstance(text, list):
-            ids = list(self.tokenizer.apply_chat_template(text, return_dict=True)["input_ids"])
-        else:
-            ids, end = self._ids(text, special=True), self.tokenizer.eos_token_id
-            ids += [] if end is None or ids[-1:] == [end] else [end]
-        if (over := len(ids) - self.max_length) > 0:
-            warnings.warn(
-                f"A text of more than {self.max_length} tokens loses its start; pass collate="
-                "PreferenceCollator(tokenizer, max_length=...) to keep more.",
-                stacklevel=3,
-            )
-            special = self.tokenizer.all_special_ids
-            start = next((k for k, token in enumerate(ids) if token not in special), 0)
-            ids = ids[:start] + ids[start + over :]
-        return ids

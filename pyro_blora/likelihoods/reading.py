@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.network.adapter import layer_hook_of
 from pyro_blora.network.shortcuts import is_observed
-from pyro_blora.network.targets import head_of, is_classifier, kind_of_head, without_peft
+from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
 
 def output_head(net: nn.Module) -> nn.Module:
@@ -35,18 +35,6 @@ def check_causal(net: nn.Module) -> None:
     """Raises ConfigurationError if a network has a head that is not a causal language model's."""
     if head_of(net) is not None or is_classifier(net):
         output_head(net)
-
-
-def check_head(net: nn.Module, *kinds: str) -> None:
-    """Raises ConfigurationError unless a network's head gives what is of one of these kinds."""
-    if (kind := kind_of_head(net)) not in kinds:
-        config = getattr(net, "config", None)
-        problem, count = (getattr(config, name, None) for name in ("problem_type", "num_labels"))
-        raise ConfigurationError(
-            f"{type(net).__name__} must have a head for {' or '.join(kinds)}, got one for {kind}, "
-            f"problem_type={problem!r} and num_labels={count}; load it with another class of "
-            "transformers or other num_labels=, or pass another likelihood=."
-        )
 
 
 def head_logits(net: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -14,8 +14,8 @@ from torch.distributions import constraints
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.labels import FINITE, checked_labels
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import RowCollator
-from pyro_blora.likelihoods.reading import check_head, head_logits
+from pyro_blora.likelihoods._prompts import NumberCollator
+from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.network.targets import NUMBER
 
 
@@ -38,9 +38,7 @@ class Regression(Likelihood):
             before.
         scale: :math:`s`. Default: their standard deviation, or 1.
 
-    A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
-    network, and ``labels`` (``B``). Rows have ``text``, ``text_pair`` if there is a second one,
-    and ``label``.
+    Batches and rows are those of :class:`SequenceClassification`, with numbers as labels.
 
     Example::
 
@@ -49,19 +47,15 @@ class Regression(Likelihood):
         blora.predict(["The food was cold."]).interval(0.9)  # the low ends, the high ends
     """
 
-    head = NUMBER
+    heads = (NUMBER,)
     new_head = True
     task_type = "SEQ_CLS"
     held_out = 1 / 8
     roles: ClassVar[dict[str, str]] = {"noise": "likelihood"}
-    settled = ("num_data", "loc", "scale")
+    usual_collator = NumberCollator
 
     def __init__(
-        self,
-        *,
-        num_data: int | None = None,
-        loc: float | None = None,
-        scale: float | None = None,
+        self, *, num_data: int | None = None, loc: float | None = None, scale: float | None = None
     ) -> None:
         super().__init__(num_data=num_data)
         self.loc, self.scale = loc, scale
@@ -69,70 +63,45 @@ class Regression(Likelihood):
             raise ConfigurationError(f"scale must be positive and finite, got {scale}.")
         self.noise = PyroParam(torch.tensor(0.5), constraints.positive)
 
-    def check_network(self, net: nn.Module) -> None:
-        """Raises ConfigurationError unless ``net`` has one output for each row."""
-        check_head(net, self.head)
-
-    def keep_head(self, net: nn.Module) -> None:
-        """The head of a LoRA has the unit of the labels."""
-        super().keep_head(net)
-        self.loc, self.scale = self.loc or 0.0, self.scale or 1.0
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`NumberCollator`; pairs of texts are for another likelihood."""
-        if isinstance(row, Mapping) and "chosen" in row:
-            raise ConfigurationError(
-                f"{type(self).__name__} must read rows with numbers, got pairs of a chosen and a "
-                "rejected text; pass likelihood=Preference()."
-            )
-        return NumberCollator(tokenizer)
-
     def read(
         self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
     ) -> Collate | None:
         """Checks that labels are finite numbers; a training takes their mean and deviation."""
-        if isinstance(first := rows[0], Mapping) and {"input_ids", "label", "labels"} & {*first}:
-            columns = ["text"] if isinstance(collate, RowCollator) else []
-            numbers = checked_labels(rows, labeled, FINITE, *columns)
-        else:
-            numbers = []
+        collate = super().read(rows, collate, net, labeled=labeled, training=training)
         if training:
-            self._standardize(numbers)
+            self._standardize(rows)
         return collate
 
     def check_loader(
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
         """A training takes the mean and the deviation of the labels from the loader's rows."""
-        rows = getattr(data, "dataset", data)
+        if training:
+            self._standardize(getattr(data, "dataset", data))
+
+    def _standardize(self, rows: Any) -> None:
+        """Takes the unit of the labels, unless it is known or a trained head has it."""
+        if self.trained_head:
+            self.loc, self.scale = self.loc or 0.0, self.scale or 1.0
+        if self.loc is not None and self.scale is not None:
+            return
         first = rows[0] if hasattr(rows, "__len__") and len(rows) else None
         label = first.get("label", first.get("labels")) if isinstance(first, Mapping) else None
-        of_rows = label is not None and getattr(label, "ndim", 0) == 0  # not of whole batches
-        if training:
-            self._standardize(checked_labels(rows, True, FINITE) if of_rows else [])
-
-    def _standardize(self, numbers: list[float]) -> None:
-        if self.loc is None or self.scale is None:
-            if not numbers:
-                raise DataError(
-                    f"{type(self).__name__} must know the mean and the standard deviation of the "
-                    "labels, got no rows with a column label; pass likelihood="
-                    f"{type(self).__name__}(loc=, scale=)."
-                )
-            labels = torch.tensor([*map(float, numbers)], dtype=torch.float64)
-            self.loc = float(labels.mean()) if self.loc is None else self.loc
-            spread = float(labels.std(correction=0)) or 1.0  # of labels that are all alike
-            self.scale = spread if self.scale is None else self.scale
+        if label is None or getattr(label, "ndim", 0) > 0:  # none, or those of a whole batch
+            raise DataError(
+                "Regression must know the mean and the standard deviation of the labels, got no "
+                "rows with a column label; pass likelihood=Regression(loc=, scale=)."
+            )
+        numbers = [*map(float, checked_labels(rows, True, FINITE))]
+        labels = torch.tensor(numbers, dtype=torch.float64)
+        self.loc = float(labels.mean()) if self.loc is None else self.loc
+        # of labels that are all alike the deviation is 0
+        self.scale = self.scale or float(labels.std(correction=0)) or 1.0
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The standardized mean and the logarithm of the noise, ``(B, 2)``."""
         mean = head_logits(net, batch).squeeze(-1)
         return torch.stack([mean, self.noise.log().expand_as(mean)], -1)
-
-    def labels(self, batch: Batch) -> Tensor | None:
-        """The numbers, ``(B,)``."""
-        labels: Tensor | None = batch.get("labels")
-        return labels if labels is None else labels.to(torch.get_default_dtype())
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:
         """Raises BatchError unless labels are finite numbers, one for each example."""
@@ -154,12 +123,3 @@ class Regression(Likelihood):
     def unit(self, temperature: float) -> tuple[float, float]:
         """An exported head has the unit of the labels."""
         return self.scale or 1.0, self.loc or 0.0
-
-
-class NumberCollator(RowCollator):
-    """Makes a row from every text, with the number that is its label.
-
-    Takes the arguments of :class:`ClassificationCollator` but the classes. Called on B
-    dictionaries with ``text``, ``text_pair`` where there is one, and ``label``, it returns the
-    tokenizer's tensors, ``(B, T)``, and ``labels``, float, ``(B,)``, unless the first row has none.
-    """

@@ -1,9 +1,10 @@
 """Classification of whole sequences by a classification head, and the order of its classes."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item
 from pyro_blora.labels import (
+    A_CLASS,
     are_numbers,
-    check_rows,
+    checked_labels,
     classes_of,
     features_of,
     label_of,
@@ -22,9 +24,45 @@ from pyro_blora.labels import (
     place_of,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import RowCollator, is_from
-from pyro_blora.likelihoods.reading import check_head, head_logits
-from pyro_blora.network.targets import logit_names
+from pyro_blora.likelihoods._prompts import NumberCollator, is_from
+from pyro_blora.likelihoods.reading import head_logits
+from pyro_blora.network.targets import CLASS, logit_names
+
+
+class ClassificationCollator(NumberCollator):
+    """Makes a row from every text, for a network with a classification head.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a pad token.
+        classes: the names of the classes, in the order of the logits, if labels are texts.
+        max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
+
+    Called on B items, or dictionaries with ``text``, ``text_pair`` where there is one, and
+    ``label`` (a name or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``,
+    long, ``(B,)``, unless the first row has none.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str] = (), max_length: int = 512
+    ) -> None:
+        super().__init__(tokenizer, max_length)
+        self.classes = tuple(classes)
+
+    def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of a list of rows."""
+        return super().__call__([self._row_of(r) if isinstance(r, Item) else r for r in rows])
+
+    def labels(self, rows: Sequence[Any]) -> Tensor:
+        """The places of the rows' classes, ``(B,)``."""
+        return torch.tensor([label_of(row, self.classes) for row in rows])
+
+    def _row_of(self, item: Item) -> dict[str, Any]:
+        choice = item.choices[item.label]
+        named = self.classes or choice.isdecimal()
+        return {"text": item.question, "label": choice if named else item.label}
+
+
+C = TypeVar("C", bound=ClassificationCollator)
 
 
 class SequenceClassification(Likelihood):
@@ -52,10 +90,10 @@ class SequenceClassification(Likelihood):
         likelihood.logits(net, batch).shape  # B x C
     """
 
+    heads: ClassVar[tuple[str, ...]] = (CLASS,)
     new_head = True
     task_type = "SEQ_CLS"
-    other_heads: ClassVar[tuple[str, ...]] = ()  # that it takes if a user passes it
-    settled = ("num_data", "classes", "data_names")
+    usual_collator = ClassificationCollator
 
     def __init__(
         self,
@@ -70,7 +108,7 @@ class SequenceClassification(Likelihood):
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
-        check_head(net, self.head, *self.other_heads)
+        super().check_network(net)
         names = logit_names(net)
         if self.classes and self.classes != names and {*self.classes} == {*names}:
             warnings.warn(
@@ -82,10 +120,6 @@ class SequenceClassification(Likelihood):
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The network's logits, ``(B, C)``."""
         return head_logits(net, batch)
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`ClassificationCollator`."""
-        return ClassificationCollator(tokenizer)
 
     def keep_head(self, net: nn.Module) -> None:
         """The classes are those that the network names, or else numbers; their order is fixed."""
@@ -124,8 +158,7 @@ class SequenceClassification(Likelihood):
         if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
             if classes == () and self.trained_head and not logit_names(net):
                 _check_places(names, [*map(str, range(len(names)))])
-            order = logit_names(net) or self.data_names
-            classes = _classes(classes, net, rows, names, column, labeled, order)
+            classes = self._named(classes, net, rows, names, column, labeled)
         elif classes is None and names:
             classes = class_names(net, names)
         if training:
@@ -151,6 +184,60 @@ class SequenceClassification(Likelihood):
             return collate(part)
 
         return numbered
+
+    def _named(
+        self, classes: Any, net: nn.Module, rows: Any, names: list[str], column: str, labeled: bool
+    ) -> tuple[str, ...] | None:
+        """The names of the classes for rows, which it checks; ``None`` if none are known."""
+        if isinstance(first := rows[0], Item):
+            items = [rows[k] for k in range(len(rows))]
+            labels = [item.choices[item.label] for item in items]
+            given: list[Any] = [choice for item in items for choice in item.choices]
+            own: list[Any] = [*first.choices]
+        else:
+            texts = [] if "input_ids" in first else ["text"]
+            if not (texts or names or column == "label"):
+                return classes
+            needed, column = labeled or column in first, "label" if texts else column
+            given = labels = checked_labels(rows, needed, A_CLASS, *texts, column=column)
+            if not labels:
+                return classes
+            own = names or names_of(rows)
+        if classes == ():  # of a head that was trained on numbers, a number stays one
+            if are_numbers(given):
+                _check_places(names, logit_names(net) or self.data_names)
+            else:
+                classes = _names_of_numbers(net, given[0])
+        if classes is None:
+            classes = class_names(net, own)
+        count = len(classes) or getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
+        # now, not in the batch in which it comes
+        if (most := max(label_of({"label": label}, classes, names) for label in labels)) >= count:
+            raise DataError(
+                f"The column {column!r} must number the {count} logits from 0, got {most}; name "
+                f"the classes as texts, or load the network with num_labels={most + 1}."
+            )
+        return classes
+
+    def with_classes(
+        self, collate: C, net: nn.Module, names: Sequence[str | int], training: bool
+    ) -> tuple[C, int]:
+        """A copy of a collator with the names of the outputs, and the number of outputs.
+
+        ``names`` are those in the rows; a training settles them.
+        """
+        collate = copy.copy(collate)  # with what a subclass has added
+        self._check_order(collate.classes, [], net)
+        classes = self.classes or collate.classes or self.classes
+        if classes is None and names:
+            classes = class_names(net, names)
+        if classes:
+            class_names(net, classes)  # refuses more than there are outputs
+        if training:
+            self.classes = classes
+        collate.classes = classes or ()
+        count = getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
+        return collate, len(collate.classes) or count
 
     def check_loader(
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
@@ -190,46 +277,6 @@ class SequenceClassification(Likelihood):
             _check_places(names, logit_names(net) or self.data_names)
 
 
-class ClassificationCollator(RowCollator):
-    """Makes a row from every text, for a network with a classification head.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer with a pad token.
-        classes: the names of the classes, in the order of the logits, if labels are texts.
-        max_length: the longest row T, cut at its end, at most the tokenizer's. Default: 512.
-
-    Called on B items, or dictionaries with ``text``, ``text_pair`` where there is one, and
-    ``label`` (a name or a number), it returns the tokenizer's tensors, ``(B, T)``, and ``labels``,
-    long, ``(B,)``, unless the first row has none.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        classes: Sequence[str] = (),
-        max_length: int = 512,
-    ) -> None:
-        super().__init__(tokenizer, max_length)
-        self.classes = tuple(classes)
-
-    def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of a list of rows."""
-        return super().__call__([self._row_of(r) if isinstance(r, Item) else r for r in rows])
-
-    def labels(self, rows: Sequence[Any]) -> Tensor:
-        """The places of the rows' classes, ``(B,)``."""
-        return torch.tensor([label_of(row, self.classes) for row in rows])
-
-    def likelihood(self, num_data: int | None = None) -> SequenceClassification:
-        """The likelihood of these batches, whose classes are in the order of this collator."""
-        return SequenceClassification(num_data=num_data, classes=self.classes or None)
-
-    def _row_of(self, item: Item) -> dict[str, Any]:
-        choice = item.choices[item.label]
-        named = self.classes or choice.isdecimal()
-        return {"text": item.question, "label": choice if named else item.label}
-
-
 def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
     """Refuses names in other places than in ``classes``; with ``unknown``, also other names."""
     places = [place_of(name, tuple(classes)) for name in names]
@@ -256,49 +303,6 @@ def _are_logits(names: Sequence[str | int], net: nn.Module) -> bool:
     """Whether the names of classes are numbers of logits."""
     count = getattr(getattr(net, "config", None), "num_labels", None)
     return are_numbers(names) and (count is None or max(map(int, names), default=0) < count)
-
-
-def _classes(
-    classes: Any,
-    net: nn.Module,
-    rows: Any,
-    names: list[str],
-    column: str,
-    labeled: bool,
-    order: Sequence[str],
-) -> tuple[str, ...] | None:
-    """The names of a classifier's classes for rows, which it checks; ``None`` if none are known."""
-    if isinstance(first := rows[0], Mapping):
-        columns = [column] if "input_ids" in first else ["text", "label"]
-        has_label = (labeled or column in first) and (
-            names or column == "label" or "text" in columns
-        )
-        if not has_label and any("label" in rows[k] for k in range(len(rows))):
-            raise DataError("All rows must have a label, or none, got none in row 0; add it.")
-        check_rows(rows, *(columns if has_label else columns[:-1]), optional=("text_pair",))
-        if not has_label:
-            return classes
-    if classes == ():  # of a head that was trained on numbers, a number stays one
-        every = [rows[k] for k in range(len(rows))]
-        given = [x.choices if isinstance(x, Item) else [x[column]] for x in every]
-        if all(map(are_numbers, given)):
-            _check_places(names, order)
-        else:
-            classes = _names_of_numbers(net, given[0][0])
-    if classes is None:
-        items = isinstance(first, Item)
-        classes = class_names(net, list(first.choices) if items else names or names_of(rows))
-    count = len(classes) or getattr(getattr(net, "config", None), "num_labels", None)
-    if isinstance(first, Mapping | Item) and count:  # now, not in the batch in which it comes
-        each = (rows[k] for k in range(len(rows)))
-        labels = (x.choices[x.label] if isinstance(x, Item) else x[column] for x in each)
-        most = max(label_of({"label": label}, classes, names) for label in labels)
-        if most >= count:
-            raise DataError(
-                f"The column {column!r} must number the {count} logits from 0, got {most}; name "
-                f"the classes as texts, or load the network with num_labels={most + 1}."
-            )
-    return classes
 
 
 def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:

@@ -1,7 +1,5 @@
 """Classification of words by a head with a tag for each token."""
 
-import copy
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,135 +12,16 @@ from transformers import DataCollatorForTokenClassification
 
 from pyro_blora.errors import DataError
 from pyro_blora.labels import classes_of, first_tags, label_of, names_of
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Prepared
+from pyro_blora.likelihoods._likelihood import Batch, Collate
 from pyro_blora.likelihoods._token_labels import TokenLabels
 from pyro_blora.likelihoods.reading import compact, head_logits
 from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
     SequenceClassification,
-    class_names,
 )
 from pyro_blora.network.targets import TAGS
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import Metrics, evaluate
-
-
-class TokenClassification(TokenLabels, SequenceClassification):
-    """A softmax for each word over the logits of an ``AutoModelForTokenClassification``.
-
-    The network reads a word by its first token. Predictions have the words in order,
-    ``S x B x W x K``; where a row has fewer words, its first class has probability 1, so that
-    entropies are 0 there. The head is trained as a point estimate.
-
-    Args:
-        num_data: number of training examples, which are rows, not words.
-        classes: the names of the tags, in the order of the logits; an empty tuple if they are
-            numbers. Default: ``fit`` takes those of the network or of the rows, sorted.
-
-    A batch has ``input_ids``, ``attention_mask`` and ``labels`` (``B x T``), -100 where a token is
-    not scored, and any other arguments of the network; ``word_mask`` (``B x T``) is true at the
-    first token of each word. Without it, as transformers' collator makes batches, the words are the
-    tokens with labels, or all tokens if there are none. Rows have ``tokens``, a list of words, and
-    ``tags``, one for each: names, or numbers of logits.
-
-    Raises:
-        DataError: a row has no words, another number of tags, or an unknown one.
-        ConfigurationError: the network has no head for tags, or too few outputs for them.
-
-    Example::
-
-        blora = BayesianLoRA(net, likelihood=TokenClassification(), tokenizer=tokenizer)
-        fit(blora, [{"tokens": ["Ada", "won"], "tags": ["B-person", "O"]}, ...], num_epochs=6)
-        blora.predict([{"tokens": ["Grace", "won", "too"]}]).mutual_information  # 1 x 3
-    """
-
-    head = TAGS
-    task_type = "TOKEN_CLS"
-    padding = DataCollatorForTokenClassification
-
-    def output_names(self, rows: Any) -> Sequence[str]:
-        """The tags in the rows, sorted, or ``classes``."""
-        names = self.classes or _names(first_tags(rows, True))
-        return [*map(str, names if isinstance(names[0], str) else range(int(names[-1]) + 1))]
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`TagCollator`."""
-        return TagCollator(tokenizer)
-
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """The collator, which numbers the tags as the logits do; it checks the rows, too."""
-        if type(collate) is not TagCollator:  # the labels are read as they are
-            self.check_loader(rows, collate, net, training=training)
-            return collate
-        self._check_order(collate.classes, [], net)
-        tags, names = first_tags(rows, labeled), classes_of(rows, "tags")
-        classes = self.classes or collate.classes or self.classes
-        if classes or (classes is None and tags):  # refuses more than there are logits, too
-            found = class_names(net, classes or names or _names(tags))
-            classes = classes or found
-        config: Any = getattr(net, "config", None)
-        count = len(classes or ()) or getattr(config, "num_labels", sys.maxsize)
-        for tag, k in tags.items():
-            place = count
-            with suppress(DataError):
-                place = label_of({"label": tag}, classes or (), names)
-            if place >= count:
-                known = f"some of {list(classes)}" if classes else "numbers of outputs"
-                raise DataError(
-                    f"The column 'tags' must hold {known}, got {tag!r} in row {k}; spell it "
-                    "as in training, or name all tags in likelihood=TokenClassification(classes=)."
-                )
-        self.classes = classes if training else self.classes
-        collate = copy.copy(collate)
-        collate.classes, collate.names = classes or (), names
-        return collate
-
-    def prepare(self, batch: Batch) -> Prepared:
-        """The batch, checked, with its words, which synchronizes the device."""
-        prepared = super().prepare(batch)
-        prepared["word_mask"], prepared["word_count"] = self._words(batch)
-        return prepared
-
-    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
-        """The logits of the words in order, ``(B, W, K)``."""
-        inputs = {key: value for key, value in batch.items() if not key.startswith("word_")}
-        logits, (words, count) = head_logits(net, inputs), self._words(batch)
-        index = torch.arange(words.shape[-1], device=words.device).expand_as(words)
-        real, (places,) = compact(words, count, index)
-        absent = torch.full_like(logits[0, 0], -torch.inf)
-        absent[0] = 0  # which is certain of the first class
-        logits = logits.take_along_dim(places.to(logits.device).unsqueeze(-1), 1)
-        return torch.where(real.to(logits.device).unsqueeze(-1), logits, absent)
-
-    def labels(self, batch: Batch) -> Tensor | None:
-        """The tags of the words in order, ``(B, W)``, padded with -100."""
-        if (labels := batch.get("labels")) is None:
-            return None
-        real, (tags,) = compact(*self._words(batch), labels)
-        return tags.masked_fill(~real, -100)
-
-    def metrics(self, prediction: Prediction, labels: Tensor) -> Metrics:
-        """The scores of all words, and F1 of the spans that tags mark, if ``seqeval`` is there."""
-        known, names, both = labels >= 0, self.classes or (), (labels, prediction.predictions)
-        scores = evaluate(prediction.probs[known], labels[known])
-        if names and {name[:2] for name in names} <= {"B-", "I-", "E-", "S-", "O"}:
-            with suppress(ImportError):
-                from seqeval.metrics import f1_score
-
-                spans = [[[names[k] for k in x[b, w]] for b, w in enumerate(known)] for x in both]
-                scores["f1"] = float(f1_score(*spans, zero_division=0))
-        return scores
-
-    def _words(self, batch: Batch) -> tuple[Tensor, int]:
-        """Where words start, ``(B, T)``, and the most in a row."""
-        if "word_count" in batch:
-            return batch["word_mask"], batch["word_count"]
-        labels = self.per_token(batch)
-        usual = batch["attention_mask"] if labels is None else labels != -100
-        words: Tensor = batch.get("word_mask", usual).bool()
-        return words, max(int(words.sum(-1).max()), 1)
 
 
 class TagCollator(ClassificationCollator):
@@ -173,9 +52,100 @@ class TagCollator(ClassificationCollator):
             batch["labels"] = tags.gather(1, owner.clamp_min(0)).masked_fill(~first, -100)
         return batch
 
-    def likelihood(self, num_data: int | None = None) -> TokenClassification:
-        """The likelihood of these batches, whose tags are in the order of this collator."""
-        return TokenClassification(num_data=num_data, classes=self.classes or None)
+
+class TokenClassification(TokenLabels, SequenceClassification):
+    """A softmax for each word over the logits of an ``AutoModelForTokenClassification``.
+
+    The network reads a word by its first token. Predictions have the words in order,
+    ``S x B x W x K``; where a row has fewer words, its first class has probability 1, so that
+    entropies are 0 there. The head is trained as a point estimate.
+
+    Args:
+        num_data: number of training examples, which are rows, not words.
+        classes: the names of the tags, in the order of the logits; an empty tuple if they are
+            numbers. Default: ``fit`` takes those of the network or of the rows, sorted.
+
+    A batch has ``input_ids``, ``attention_mask`` and ``labels`` (``B x T``), -100 where a token is
+    not scored, and any other arguments of the network; ``word_mask`` (``B x T``) is true at the
+    first token of each word. Without it, as transformers' collator makes batches, the words are the
+    tokens with labels, or all tokens if there are none. Rows have ``tokens``, a list of words, and
+    ``tags``, one for each: names, or numbers of logits.
+
+    Example::
+
+        blora = BayesianLoRA(net, likelihood=TokenClassification(), tokenizer=tokenizer)
+        fit(blora, [{"tokens": ["Ada", "won"], "tags": ["B-person", "O"]}, ...], num_epochs=6)
+        blora.predict([{"tokens": ["Grace", "won", "too"]}]).mutual_information  # 1 x 3
+    """
+
+    heads = (TAGS,)
+    task_type = "TOKEN_CLS"
+    padding = DataCollatorForTokenClassification
+    usual_collator = TagCollator
+
+    def output_names(self, rows: Any) -> Sequence[str]:
+        """``classes``, or the tags in the rows, sorted."""
+        names = self.classes or _names(first_tags(rows, True))
+        return [*map(str, names if isinstance(names[0], str) else range(int(names[-1]) + 1))]
+
+    def read(
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
+    ) -> Collate | None:
+        """The collator, which numbers the tags as the logits do; it checks the rows, too."""
+        if type(collate) is not TagCollator:  # the labels are read as they are
+            self.check_loader(rows, collate, net, training=training)
+            return collate
+        tags, names = first_tags(rows, labeled), classes_of(rows, "tags")
+        ours, count = self.with_classes(collate, net, names or _names(tags), training)
+        ours.names = names
+        for tag, k in tags.items():
+            place = count
+            with suppress(DataError):
+                place = label_of({"label": tag}, ours.classes, names)
+            if place >= count:
+                known = [*ours.classes] or f"numbers of {count} outputs"
+                raise DataError(
+                    f"The column 'tags' must hold some of {known}, got {tag!r} in row {k}; spell "
+                    "it as in training, or name all tags by TokenClassification(classes=)."
+                )
+        return ours
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The logits of the words in order, ``(B, W, K)``."""
+        inputs = {key: value for key, value in batch.items() if key != "word_mask"}
+        logits, (words, count) = head_logits(net, inputs), self._words(batch)
+        index = torch.arange(words.shape[-1], device=words.device).expand_as(words)
+        real, (places,) = compact(words, count, index)
+        absent = torch.full_like(logits[0, 0], -torch.inf)
+        absent[0] = 0  # which is certain of the first class
+        logits = logits.take_along_dim(places.to(logits.device).unsqueeze(-1), 1)
+        return torch.where(real.to(logits.device).unsqueeze(-1), logits, absent)
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """The tags of the words in order, ``(B, W)``, padded with -100."""
+        if (labels := batch.get("labels")) is None:
+            return None
+        real, (tags,) = compact(*self._words(batch), labels)
+        return tags.masked_fill(~real, -100)
+
+    def metrics(self, prediction: Prediction, labels: Tensor) -> Metrics:
+        """The scores of all words, and F1 of the spans that tags mark, if ``seqeval`` is there."""
+        known, names, both = labels >= 0, self.classes or (), (labels, prediction.predictions)
+        scores = evaluate(prediction.probs[known], labels[known])
+        if names and {name[:2] for name in names} <= {"B-", "I-", "E-", "S-", "O"}:
+            with suppress(ImportError):
+                from seqeval.metrics import f1_score
+
+                spans = [[[names[k] for k in x[b, w]] for b, w in enumerate(known)] for x in both]
+                scores["f1"] = float(f1_score(*spans, zero_division=0))
+        return scores
+
+    def _words(self, batch: Batch) -> tuple[Tensor, int]:
+        """Where words start, ``(B, T)``, and the most in a row."""
+        labels = self.per_token(batch)
+        usual = batch["attention_mask"] if labels is None else labels != -100
+        words: Tensor = batch.get("word_mask", usual).bool()
+        return words, max(int(words.sum(-1).max()), 1)
 
 
 def _names(tags: Iterable[Any]) -> list[str | int]:

@@ -218,30 +218,6 @@ class Posterior:
         temperature = self.model.temperature if draws else self.model.mean_temperature
         return (self.model.likelihood.tempered(logits, temperature) for logits in passes)
 
-    def in_common(self, num_samples: int | None = None) -> Callable[[Batch], Tensor]:
-        """A function that returns the tempered logits of any batch, ``(S, B, ..., C)``.
-
-        All batches have the same draws, also those of another call: they are drawn now, by a fixed
-        seed, and share one pass of the network. For 0 it is the mean.
-        """
-        model, draws = self.model, self.method.draws(num_samples)
-        if draws:
-            self.method.check_draws()
-        with draws_apart(self.guide, model.groups[0].device):
-            updates = self.pairs()(draws) if draws else self.mean()
-
-        @torch.no_grad()
-        def logits(batch: Batch) -> Tensor:
-            batch = repeat_batch(model.prepared(batch), max(draws, 1))
-            with LOCK, in_mode(model.net, training=False), model.applied(updates) as net:
-                found = in_single_precision(model.likelihood.logits(net, batch))
-            temperature = model.temperature if draws else model.mean_temperature
-            if model.enabled:
-                found = model.likelihood.tempered(found, temperature)
-            return found.unflatten(0, (max(draws, 1), -1))
-
-        return logits
-
     def log_predictive(
         self, batch: Batch, num_samples: int | None = None, **options: Any
     ) -> Tensor:

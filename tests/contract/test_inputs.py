@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField
-from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
+from pyro_blora.likelihoods import CausalLM, LabelTokens, Ordinal, SequenceClassification
 from pyro_blora.models import KroneckerInducing, Subspace
 from pyro_blora.updates import LowRankUpdate
 
@@ -50,6 +50,7 @@ NUMBERS = [
     lambda: LabelTokens(token_ids=[5, 6, 5]),
     lambda: LabelTokens(token_ids=[-1, 5]),
     lambda: LabelTokens(token_ids=[5, 6], num_data=12.5),
+    lambda: Ordinal(num_classes=1),
 ]
 
 

@@ -8,39 +8,22 @@ import pytest
 import tiny
 import torch
 
-from pyro_blora import BayesianLoRA, likelihoods
+from pyro_blora import likelihoods
 from pyro_blora.errors import BatchError
 from pyro_blora.likelihoods import (
     CausalLM,
-    LabelTokens,
     MultiLabel,
     MultipleChoice,
-    Ordinal,
     Preference,
-    Regression,
     SequenceClassification,
-    TokenClassification,
 )
 from pyro_blora.testing import LikelihoodContract
 
-ANSWERS = partial(LabelTokens, token_ids=tiny.ANSWERS)
-TAGGER = partial(tiny.bert, task="TokenClassification")
-THREE = partial(Ordinal, num_classes=3)
-CASES = {
-    "CausalLM": (CausalLM, tiny.llama, tiny.texts),
-    "LabelTokens": (ANSWERS, tiny.llama, tiny.sequences),
-    "MultiLabel": (MultiLabel, tiny.labeler, tiny.several),
-    "MultipleChoice": (MultipleChoice, tiny.llama, tiny.choices),
-    "Regression": (Regression, partial(tiny.bert, num_labels=1), tiny.numbers),
-    "Ordinal": (THREE, tiny.scorer, tiny.sequences),
-    "Preference": (Preference, tiny.scorer, tiny.pairs),
-    "SequenceClassification": (SequenceClassification, tiny.bert, tiny.sequences),
-    "TokenClassification": (TokenClassification, TAGGER, tiny.tags),
-}
-WRONG_NUMBERS = {"Regression": (math.nan, math.inf)}  # where labels are not classes
+CASES = tiny.LIKELIHOODS
+ANSWERS = CASES["LabelTokens"][0]
 for name, (make, net, batch) in CASES.items():
     members = {"net": lambda self, net=net: net(), "batch": lambda self, n, batch=batch: batch(n)}
-    members |= {"wrong": WRONG_NUMBERS[name]} if name in WRONG_NUMBERS else {}
+    members |= {"wrong": (math.nan, math.inf)} if name == "Regression" else {}  # no classes
     tiny.contract(globals(), LikelihoodContract, name, make=make(num_data=12), **members)
 
 
@@ -96,11 +79,6 @@ def test_a_likelihood_without_num_data_warns():
     with pytest.warns(UserWarning, match=r"num_data.*num_data=len\(train\)"):
         trace = pyro.poutine.trace(blora.model).get_trace(tiny.sequences())
     assert trace.nodes["labels"]["scale"] == 1
-
-
-def test_the_usual_likelihood_is_of_the_network_s_kind():
-    assert isinstance(BayesianLoRA(tiny.llama()).likelihood, CausalLM)
-    assert isinstance(BayesianLoRA(tiny.bert()).likelihood, SequenceClassification)
 
 
 def test_causal_lm_is_the_loss_of_transformers():

@@ -1,25 +1,19 @@
-"""Preference beside dense algebra, and in every use of an adapter."""
+"""Preference beside dense algebra."""
 
-import json
+from functools import partial
 
+import kinds
 import pytest
 import tiny
 import torch
-from own_tokenizer import build_tokenizer
+from kinds import BAD, GOOD, TOKENIZER
 from torch.nn.functional import logsigmoid
 
-from pyro_blora import BayesianLoRA, compare, fit, guides, models
-from pyro_blora.likelihoods import Preference, PreferenceCollator
+from pyro_blora import fit, guides, models
+from pyro_blora.likelihoods import PreferenceCollator
 from pyro_blora.posterior.guide import draws_apart
 
-GOOD, BAD = "a warm and funny film", "a dull and endless film"
-ROWS = [{"prompt": f"film {k}: ", "chosen": GOOD, "rejected": f"{BAD} {k}"} for k in range(40)]
-TOKENIZER = build_tokenizer([GOOD, BAD, "film: "], bos="<s>", eos="</s>", pad="<pad>")
-
-
-def adapter(**options):
-    options = {"likelihood": Preference(), "tokenizer": TOKENIZER, **options}
-    return BayesianLoRA(tiny.scorer(len(TOKENIZER)), **options)
+ROWS, adapter = kinds.ROWS["pairs"], partial(kinds.adapter, "pairs")
 
 
 def test_loss_and_gradients_are_those_of_bradley_and_terry():
@@ -34,26 +28,6 @@ def test_loss_and_gradients_are_those_of_bradley_and_terry():
     torch.testing.assert_close(*both)
 
 
-def test_it_learns_from_rows_on_disk_and_is_saved_and_exported(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    blora, texts = adapter(), [GOOD, BAD]
-    assert fit(blora, tmp_path / "pairs.jsonl", num_steps=40, progress=False).num_held_out
-    assert blora.evaluate(ROWS, num_samples=4).acc > 0.9
-    assert blora.calibrate(ROWS) != blora.distill(ROWS)
-    blora.save_pretrained(tmp_path / "saved")
-    blora.export_peft(tmp_path / "peft")
-    mean, rewards, net = blora.predict(ROWS, 0).probs, blora.rewards(texts), blora.unwrap()
-    again = BayesianLoRA.from_pretrained(net, tmp_path / "saved", tokenizer=TOKENIZER)
-    assert torch.equal(again.rewards(texts), rewards)
-    peft = pytest.importorskip("peft").PeftModel.from_pretrained(again.unwrap(), tmp_path / "peft")
-    ids, mask = (PreferenceCollator(TOKENIZER)(ROWS)[k].flatten(0, 1) for k in Preference.keys)
-    with torch.no_grad():
-        logits = peft.eval()(input_ids=ids, attention_mask=mask).logits.view(-1, 2)
-    torch.testing.assert_close(logits.softmax(-1), mean, atol=1e-5, rtol=0)
-    table = compare((peft.unload(), TOKENIZER), ROWS, methods=["lora", "split:map"], num_steps=4)
-    assert "ACC %" in str(table)
-
-
 def test_rewards_have_the_same_draws_whatever_else_is_read():
     blora = tiny.shaken(adapter(guide=guides.MatrixNormal(init_scale=0.5)), 0.1)
     blora.model.temperature.fill_(2.0)
@@ -61,11 +35,12 @@ def test_rewards_have_the_same_draws_whatever_else_is_read():
     rewards = blora.rewards(texts, 8)  # 32 texts a pass
     for k in (0, 1, 40):
         torch.testing.assert_close(blora.rewards([texts[k]], 8)[:, 0], rewards[:, k])
-    with draws_apart(blora.guide, blora.device):
-        updates = blora.posterior.pairs()(8)
-    ids = TOKENIZER(["".join(texts[1])] * 8, return_tensors="pt")["input_ids"]
-    with torch.no_grad(), blora.model.applied(updates) as net:
-        torch.testing.assert_close(net(ids).logits[:, 0] / 2, rewards[:, 1])
+    ids = TOKENIZER("".join(texts[1]), return_tensors="pt")["input_ids"]
+    with draws_apart(blora.guide, blora.device), torch.no_grad():
+        draw = blora.posterior.pairs()
+        for reward in rewards[:, 1]:
+            with blora.model.applied(draw(1)) as net:
+                torch.testing.assert_close(net(ids).logits[0, 0] / 2, reward)
     ((one, other),) = blora.rewards(["".join(texts[0]), texts[1]], 0)
     probs = blora.predict([{"prompt": "film: ", "chosen": GOOD, "rejected": BAD}], 0).probs
     torch.testing.assert_close((one - other).sigmoid(), probs[0, 0])
@@ -78,11 +53,6 @@ def test_texts_continue_their_prompt_and_lose_their_start():
     assert batch["input_ids"][0, 1][batch["attention_mask"][0, 1].bool()].tolist() == whole
     with pytest.warns(UserWarning, match="more than 6 tokens loses its start"):
         assert cut([row])["input_ids"][0, 1].tolist() == [whole[0], *whole[-5:]]
-    chats = build_tokenizer([GOOD], eos="</s>")
-    chats.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    chat = {name: [{"role": "user", "content": text}] for name, text in row.items()}
-    (collate := PreferenceCollator(chats)).check([chat], labeled=False)
-    assert chats.decode(collate([chat])["input_ids"][0, 0]).startswith(f"film: |{GOOD}|")
 
 
 def trained(**row):

@@ -1,0 +1,86 @@
+"""Each likelihood of a head from rows on disk to PEFT, and in a comparison."""
+
+import json
+
+import peft
+import pytest
+import torch
+from kinds import FEW, NETS, PASSED, ROWS, TAGS, TOKENIZER, adapter
+from torch.nn.functional import pad
+
+from pyro_blora import BayesianLoRA, compare, fit
+from pyro_blora.likelihoods import (
+    NumberCollator,
+    PreferenceCollator,
+    TagCollator,
+    TokenClassification,
+)
+
+
+def outputs(net, rows):
+    return net(**NumberCollator(TOKENIZER)([{"text": row["text"]} for row in rows])).logits
+
+
+def of_labels(net, rows, numbers):
+    yes = outputs(net, rows).sigmoid()
+    return torch.stack([1 - yes, yes], -1)
+
+
+def of_order(net, rows, numbers):
+    below = (torch.tensor(numbers["cuts"]) - outputs(net, rows)).sigmoid()
+    probs = pad(below, (1, 0)).diff(dim=-1, append=torch.ones(len(rows), 1))
+    return (probs.log() / numbers["temperature"]).softmax(-1)
+
+
+def of_pairs(net, rows, numbers):
+    batch = PreferenceCollator(TOKENIZER)(rows)
+    ids, mask = (batch[key].flatten(0, 1) for key in ("input_ids", "attention_mask"))
+    return net(input_ids=ids, attention_mask=mask).logits.view(-1, 2).softmax(-1)
+
+
+def of_tags(net, rows, numbers):
+    return TokenClassification().logits(net, TagCollator(TOKENIZER, TAGS)(rows)).softmax(-1)
+
+
+def of_numbers(net, rows, numbers):
+    return outputs(net, rows)[:, 0]
+
+
+EXPORTS = [of_labels, of_order, of_pairs, of_tags, of_numbers]
+
+
+@pytest.mark.parametrize("exported", EXPORTS, ids=ROWS)
+def test_it_learns_from_a_file_is_saved_and_exported(exported, tmp_path):
+    kind = exported.__name__.removeprefix("of_")
+    (path := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS[kind])))
+    blora, rows = adapter(kind), ROWS[kind]
+    before = blora.evaluate(rows, num_samples=4).nll
+    fit(blora, path, num_steps=40, precision="float32", progress=False)
+    assert blora.evaluate(rows, num_samples=4).nll < before
+    if kind != "numbers":
+        assert blora.calibrate(rows) != blora.distill(rows)
+    blora.save_pretrained(tmp_path / "saved")
+    blora.export_peft(tmp_path / "peft")
+    mean = blora.predict_dataset(rows, num_samples=0, precision="float32")[0].mean
+    net = blora.unwrap()
+    again = BayesianLoRA.from_pretrained(net, tmp_path / "saved", tokenizer=TOKENIZER)
+    found = again.predict_dataset(rows, num_samples=0, precision="float32")[0].mean
+    assert torch.equal(found, mean)
+    assert again.model.temperature == blora.model.temperature
+    numbers = json.loads((tmp_path / "peft" / "one_pass.json").read_text())
+    lora = peft.PeftModel.from_pretrained(again.unwrap(), str(tmp_path / "peft")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(lora, rows, numbers), mean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_methods_are_compared(kind):
+    likelihood = PASSED["order"]() if kind == "order" else None  # others follow from the rows
+    methods = ["lora", "mean:bayesian-lora"]
+    table = compare(
+        (NETS[kind](), TOKENIZER), ROWS[kind], methods, likelihood=likelihood, seeds=[0], **FEW
+    )
+    a, b = (row.metrics.nll for row in table.rows)
+    assert table.differences()[methods[1]]["nll"][0] == pytest.approx(b - a, abs=1e-5)
+    expected = {"RMSE", "CRPS", "90 % interval covers %"} if kind == "numbers" else {"ECE %"}
+    assert expected <= set(table.columns())
