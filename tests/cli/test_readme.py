@@ -1,5 +1,6 @@
 """The programs and commands of the README and of other pages, as they stand but for their sizes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -57,6 +58,8 @@ def small(monkeypatch, model_dir, tmp_path):
     words = [("soared", "positive"), ("sank", "negative")] * 30
     lines = [f"it {verb} {i} times,{label}" for i, (verb, label) in enumerate(words)]
     Path("reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    rows = [json.dumps({"text": line, "label": len(line) / 2}) for line in lines]
+    Path("ratings.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
 
 def test_the_commands_run(run, model_dir):
@@ -70,7 +73,7 @@ def test_the_commands_run(run, model_dir):
 
 
 PAGES = "README own_data peft evaluation generation pyro save_and_serve priors_and_guides"
-PAGES += " reference/names"
+PAGES += " reference/names likelihoods"
 
 
 @pytest.mark.filterwarnings("ignore:No threshold has")  # for a tiny network after two steps
@@ -92,5 +95,9 @@ def test_the_programs_of_a_page_run(name):
         for large, small in SMALLER.items():
             program = re.sub(large, small, program)
         exec(program, names)
+    if name == "likelihoods":
+        contract = names["TestCounts"]()
+        for test in [test for test in dir(contract) if test.startswith("test_")]:
+            getattr(contract, test)()
     if name == "pyro":  # each label counts once, under NUTS
         assert names["blora"].likelihood.num_data == len(names["few"])
