@@ -76,7 +76,7 @@ MENU = {
     "Start": "tutorials/00* tutorials/09* choose own_data likelihoods tutorials/README",
     "How-to pages": "peft evaluation save_and_serve generation hyperparameters large_models pyro "
     "priors_and_guides tutorials/02* tutorials/03* tutorials/05* tutorials/06* tutorials/07* "
-    "troubleshooting",
+    "tutorials/10* troubleshooting",
     "Explanation": "theory tutorials/01* calibration tutorials/04* tutorials/08* cost "
     "reading_the_code",
     "Reference": "reference/index reference/internals",
