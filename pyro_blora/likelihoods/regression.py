@@ -81,8 +81,6 @@ class Regression(Likelihood):
 
     def _standardize(self, rows: Any) -> None:
         """Takes the unit of the labels, unless it is known or a trained head has it."""
-        if self.trained_head:
-            self.loc, self.scale = self.loc or 0.0, self.scale or 1.0
         if self.loc is not None and self.scale is not None:
             return
         first = rows[0] if hasattr(rows, "__len__") and len(rows) else None
@@ -94,9 +92,12 @@ class Regression(Likelihood):
             )
         numbers = [*map(float, checked_labels(rows, True, FINITE))]
         labels = torch.tensor(numbers, dtype=torch.float64)
+        spread = float(labels.std(correction=0)) if min(numbers) < max(numbers) else 1.0
+        if self.trained_head:  # which has the unit of the labels; the noise gets it, too
+            self.noise = self.noise.detach() * spread
+            self.loc, self.scale = self.loc or 0.0, self.scale or 1.0
         self.loc = float(labels.mean()) if self.loc is None else self.loc
-        # of labels that are all alike the deviation is 0
-        self.scale = self.scale or float(labels.std(correction=0)) or 1.0
+        self.scale = self.scale or spread
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The standardized mean and the logarithm of the noise, ``(B, 2)``."""

@@ -107,3 +107,23 @@ def test_quantiles_and_scores_of_an_average_of_normals():
     density = Normal(mean, 0.5).log_prob(labels).exp().mean(0).log()
     torch.testing.assert_close(prediction.log_prob(labels), density)
     assert scores.nll == pytest.approx(-float(density.mean()))
+
+
+def test_a_trained_head_keeps_its_unit_and_the_noise_gets_that_of_the_labels():
+    blora = kinds.adapter("numbers")
+    blora.likelihood.keep_head(blora.net)
+    rows = [{**row, "label": 1000 * row["label"]} for row in kinds.ROWS["numbers"]]
+    spread = torch.tensor([row["label"] for row in rows]).std(correction=0)
+    fit(blora, rows, num_steps=1, progress=False)
+    assert (blora.likelihood.loc, blora.likelihood.scale) == (0, 1)
+    assert blora.likelihood.noise.item() == pytest.approx(float(spread) / 2, rel=0.1)
+
+
+def test_labels_that_are_all_alike_have_the_unit_1():
+    blora = kinds.adapter("numbers")
+    fit(
+        blora, [{**row, "label": 0.1} for row in kinds.ROWS["numbers"]], num_steps=1, progress=False
+    )
+    assert blora.likelihood.scale == 1
+    with pytest.raises(ConfigurationError, match="must have one class per example"):
+        blora.predict(kinds.ROWS["numbers"][:2], 3, linearized=True)
