@@ -44,9 +44,9 @@ def logit_jacobian(
         with model.applied(updates) as net:
             logits = model.likelihood.logits(net, batch)
         logits = in_single_precision(logits)
-        if logits.dim() != 2 or not model.likelihood.is_categorical:
+        if logits.dim() != 2:
             raise ConfigurationError(
-                "A linearization must have one class per example, logits (B, C), got those of "
+                "A linearization must have one choice per example, logits (B, C), got those of "
                 f"{type(model.likelihood).__name__}, {tuple(logits.shape)}; pass linearized=False."
             )
         rows = [[torch.zeros_like(leaf) for leaf in leaves.values()]]

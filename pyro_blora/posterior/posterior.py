@@ -203,6 +203,11 @@ class Posterior:
                 "linearized must be False with samples=, got True; leave one of them out."
             )
         batch = self.model.prepared(batch)
+        if linearized and not self.model.likelihood.is_categorical:
+            raise ConfigurationError(
+                f"A linearization must have classes, got {type(self.model.likelihood).__name__}, "
+                "whose logits are not all relative to the first; pass linearized=False."
+            )
         if linearized and any(u.is_noisy for u in self.draws(1, batch).values()):
             raise ConfigurationError(
                 "A linearization must have a deterministic update, got one with the noise of a "

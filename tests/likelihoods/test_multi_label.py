@@ -54,7 +54,7 @@ def test_scores_are_those_of_scikit_learn():
     dense["f1"] = f1_score(labels, probs > 0.5, average="macro", zero_division=0)
     dense["auroc"] = roc_auc_score(labels, probs)
     assert dict(scores) == pytest.approx(dense, abs=1e-6)
-    with pytest.raises(ConfigurationError, match="must have one class per example"):
+    with pytest.raises(ConfigurationError, match="must have one choice per example"):
         blora.predict(["warm"], linearized=True)
     assert tuple(blora.merge_and_unload().config.id2label.values()) == classes
 

@@ -125,5 +125,5 @@ def test_labels_that_are_all_alike_have_the_unit_1():
         blora, [{**row, "label": 0.1} for row in kinds.ROWS["numbers"]], num_steps=1, progress=False
     )
     assert blora.likelihood.scale == 1
-    with pytest.raises(ConfigurationError, match="must have one class per example"):
+    with pytest.raises(ConfigurationError, match="must have classes, got Regression"):
         blora.predict(kinds.ROWS["numbers"][:2], 3, linearized=True)
