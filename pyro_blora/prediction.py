@@ -111,7 +111,7 @@ class Prediction:
     def quantile(self, level: float) -> Tensor:
         """The label below which the share ``level`` of the distribution lies, ``(B, ...)``.
 
-        Raises NotImplementedError if the distribution has no ``cdf``.
+        Raises NotImplementedError if the distribution has no ``cdf``, such as a Poisson one.
         """
         if not 0 < level < 1:
             raise ConfigurationError(f"level must be between 0 and 1, got {level}.")
@@ -119,6 +119,8 @@ class Prediction:
         # by Cantelli's inequality no quantile is farther from the mean
         reach = self.stddev * max(level / (1 - level), (1 - level) / level) ** 0.5
         low, high = mean - reach, mean + reach
+        if (bound := getattr(distribution.support, "lower_bound", None)) is not None:
+            low = low.clamp_min(bound)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             below = distribution.cdf(middle).mean(0) < level

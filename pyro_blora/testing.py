@@ -343,6 +343,18 @@ class LikelihoodContract(_Contract):
         expected, padded = (blora.log_predictive(rows, 0) for rows in (batch, wider))
         assert torch.allclose(padded, expected, atol=1e-5), f"{expected}, with padding {padded}."
 
+    def test_a_prediction_outlives_a_training(self) -> None:
+        """What is learned enters a prediction through the logits, when it is made."""
+        blora, batch = self.adapted(), self.batch(4)
+        if blora.likelihood.predicts:
+            prediction = blora.predict(batch, 2)
+            before = prediction.mean.clone(), prediction.stddev.clone()
+            for parameter in blora.likelihood.parameters():
+                parameter.data.add_(0.5)
+            after = prediction.mean, prediction.stddev
+            same = all(map(torch.equal, before, after))
+            assert same, "distribution() reads parameters; pass them through logits()."
+
     def test_each_row_has_its_own_label(self) -> None:
         """Rows are independent, labels matter, and gradients reach the update."""
         blora, batch = self.adapted(), self.batch(4)

@@ -86,7 +86,7 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
     sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
     method, likelihood = blora.method.held_out, blora.likelihood.held_out
     usual = likelihood if method is None else method
-    if sized and blora.likelihood.predicts:
+    if sized and blora.likelihood.has_temperature:
         return usual if share is None else share
     if share:
         raise ConfigurationError(

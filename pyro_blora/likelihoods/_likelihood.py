@@ -184,8 +184,17 @@ class Likelihood(Options, PyroModule):
         return Prediction(logits, partial(self.distribution, labels=None))
 
     def tempered(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """The logits at a temperature, which :meth:`BayesianLoRA.calibrate` fits to labels."""
+        """The logits at a temperature, which :meth:`BayesianLoRA.calibrate` fits to labels.
+
+        A likelihood without classes has none unless it defines this.
+        """
         return logits / temperature
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether there are predictions, and it is known what a temperature does to them."""
+        known = self.is_categorical or type(self).tempered is not Likelihood.tempered
+        return self.predicts and known
 
     def unit(self, temperature: float) -> tuple[float, float]:
         """The scale and the shift that an exported head applies to the network's output."""

@@ -83,10 +83,11 @@ def calibrate(posterior: Posterior, batches: Iterable[Batch], num_samples: int |
     """Fits both temperatures to the labels of batches; see :meth:`BayesianLoRA.calibrate`."""
     model, draws = posterior.model, posterior.method.draws(num_samples)
     likelihood = model.likelihood
-    if not (likelihood.predicts and model.enabled):
+    if not (likelihood.has_temperature and model.enabled):
         raise ConfigurationError(
             f"calibrate must have a likelihood of labels and an adapter that is on, got "
-            f"{type(likelihood).__name__}; call it outside of disable_adapter(), and not for text."
+            f"{type(likelihood).__name__}; call it outside of disable_adapter(), not for text, and "
+            "for a likelihood without classes if it defines tempered()."
         )
     by_mean: list[tuple[Tensor, Tensor]] = []
     by_draws: list[tuple[Tensor, Tensor]] = []

@@ -6,12 +6,14 @@ import kinds
 import pytest
 import torch
 from kinds import TOKENIZER
-from torch.distributions import Normal
+from pyro.distributions import Poisson
+from torch.distributions import Exponential, Normal
 from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, compare, fit
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.likelihoods import NumberCollator, Regression
+from pyro_blora.likelihoods import Likelihood, NumberCollator, Regression
+from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import evaluate_numbers
 
@@ -128,3 +130,38 @@ def test_labels_that_are_all_alike_have_the_unit_1():
     assert blora.likelihood.scale == 1
     with pytest.raises(ConfigurationError, match="must have classes, got Regression"):
         blora.predict(kinds.ROWS["numbers"][:2], 3, linearized=True)
+
+
+def test_an_interval_stays_within_the_support():
+    waits = Prediction(torch.tensor([[[0.5]], [[2.0]]]), lambda rate: Exponential(rate.squeeze(-1)))
+    low, high = waits.interval(0.9)
+    for bound, level in ((low, 0.05), (high, 0.95)):
+        below = 1 - (-torch.tensor([0.5, 2.0]) * bound).exp().mean()
+        assert below.item() == pytest.approx(level, abs=1e-5)
+
+
+class Rates(Likelihood):
+    """Counts, for which nobody has said what a temperature does."""
+
+    new_head = True
+    usual_collator = NumberCollator
+
+    def logits(self, net, batch):
+        return head_logits(net, batch).squeeze(-1)
+
+    def distribution(self, logits, labels):
+        return Poisson(logits.exp())
+
+    def check_labels(self, labels, logits):
+        pass
+
+
+def test_a_likelihood_without_classes_has_no_temperature_of_its_own():
+    net = kinds.adapter("numbers").unwrap()
+    blora = BayesianLoRA(net, likelihood=Rates(), tokenizer=TOKENIZER)
+    rows = [{**row, "label": k % 5} for k, row in enumerate(kinds.ROWS["numbers"])]
+    with pytest.raises(ConfigurationError, match="if it defines tempered"):
+        blora.calibrate(rows)
+    assert "coverage" not in blora.evaluate(rows, num_samples=2)
+    with pytest.raises(DataError, match="a finite number, got 'soon' in row 0"):
+        fit(blora, [{**rows[0], "label": "soon"}], num_steps=1)
