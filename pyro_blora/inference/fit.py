@@ -80,9 +80,9 @@ def fit(
         num_epochs: passes over the training data, in place of ``num_steps``.
         batch_size: examples per step; a ``DataLoader`` has its own.
         collate: makes a batch from a list of examples. Default: the adapter's tokenizer, in the
-            form that the likelihood takes: rows have ``text`` and ``label`` for classes;
-            ``question``, ``choices`` and ``label`` for options; ``text``, or ``prompt`` and
-            ``completion``, for ``CausalLM``. Without a tokenizer, torch's default.
+            form that the likelihood's docstring names: rows have ``text`` and ``label`` for
+            classes and numbers, ``question``, ``choices`` and ``label`` for options, ``text``, or
+            ``prompt`` and ``completion``, for ``CausalLM``. Without a tokenizer, torch's default.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
             ``"likelihood"`` and ``"head"``, the last in units of a logit; a single number is the
             rate of the means. Other roles take the rate of the method, of the prior, or of
@@ -97,9 +97,9 @@ def fit(
         held_out: share of the examples to hold out from training; at its end the temperatures of
             predictions are fitted to them (:meth:`BayesianLoRA.calibrate
             <pyro_blora.BayesianLoRA.calibrate>`). :math:`N` is then the number of the others.
-            Nothing is held out of a ``DataLoader``, with a warning. Default: an eighth with
-            ``MultipleChoice``, whose scores have no natural scale; 0 otherwise, for a published
-            method, and after ``from_peft``. Examples are chosen by their texts, so that a continued
+            Nothing is held out of a ``DataLoader``, with a warning. Default: the likelihood's, an
+            eighth for options, preferences and numbers, whose scale is an unknown; 0 for others, a
+            published method, and after ``from_peft``. Examples are chosen by their texts, so that a continued
             training holds out the same ones; pass 0.0 if an earlier one held out none of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
