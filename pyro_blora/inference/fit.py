@@ -99,8 +99,9 @@ def fit(
             <pyro_blora.BayesianLoRA.calibrate>`). :math:`N` is then the number of the others.
             Nothing is held out of a ``DataLoader``, with a warning. Default: the likelihood's, an
             eighth for options, preferences and numbers, whose scale is an unknown; 0 for others, a
-            published method, and after ``from_peft``. Examples are chosen by their texts, so that a continued
-            training holds out the same ones; pass 0.0 if an earlier one held out none of them.
+            published method, and after ``from_peft``. Examples are chosen by their texts, so that a
+            continued training holds out the same ones; pass 0.0 if an earlier one held out none of
+            them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.
