@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro_blora.items import Item
 
-_TEXTS = ("text", "text_pair", "prompt", "completion", "chosen", "rejected", "tokens")
+_TEXTS = ("text", "text_pair", "prompt", "completion", "tokens")
 _LABELS = ("label", "labels", "id", "idx")  # which do not tell whether two rows are of one text
 
 
@@ -17,6 +17,7 @@ def keys_of(rows: Any) -> list[str]:
     That is its text, its token ids, its question with its choices, or if it has none of these
     columns all of its texts and tensors, unless most rows share them. A few questions with the same
     choices are twins, such as the sentences of a WinoGrande pair, and share the choices alone.
+    Pairs of texts share their prompt, unless it is the only one, because it may have several pairs.
     """
     contents = [_content(rows[k]) for k in range(len(rows))]
     others = [text for question, text in filter(None, contents) if not question]
@@ -25,7 +26,8 @@ def keys_of(rows: Any) -> list[str]:
     questions: dict[str, set[str]] = {}
     for question, choices in filter(None, contents):
         questions.setdefault(choices, set()).add(question)
-    keys, few = [], max(2, len(contents) // 20)
+    pairs = len(rows) > 0 and isinstance(rows[0], Mapping) and "chosen" in rows[0]
+    keys, few = [], len(contents) if pairs else max(2, len(contents) // 20)
     for k, each in enumerate(contents):
         twins = each is not None and len(questions) > 1 and len(questions[each[1]]) <= few
         keys.append(f"row {k}" if each is None else each[1] if twins else "".join(each))
@@ -37,10 +39,14 @@ def _content(row: Any) -> tuple[str, str] | None:
     read = vars(row) if isinstance(row, Item) else row if isinstance(row, Mapping) else {}
     if "choices" in read and "question" in read:
         return _plain(read["question"]), str(sorted(map(_plain, read["choices"])))
+    if "chosen" in read:
+        pair = str(sorted(_plain(read.get(name)) for name in ("chosen", "rejected")))
+        prompt = read.get("prompt")  # in a data frame, one that is missing is a NaN
+        return pair, (_plain(prompt) if isinstance(prompt, str) else "") or pair
     if "input_ids" in read:
         ids = _listed(read["input_ids"])
         text = str([*map(_listed, ids)])
-    elif {"text", "prompt", "chosen", "tokens"} & set(read):
+    elif {"text", "prompt", "tokens"} & set(read):
         text = "\n".join(_plain(read[name]) for name in _TEXTS if name in read)
     else:
         values = [*row] if isinstance(row, tuple | list) else []

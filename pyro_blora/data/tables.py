@@ -117,10 +117,10 @@ def are_items(tables: Mapping[str, Any]) -> bool:
     row: Any = next((table[0] for table in tables.values() if len(table)), {})
     if isinstance(row, Item) or "question" in row:
         return True
-    numbers = isinstance(row.get("label"), float) and any(
-        table[k]["label"] % 1 for table in tables.values() for k in range(len(table))
-    )
-    return not (numbers or is_list(row.get("label")) or {"tokens", "chosen"} & set(row))
+    if is_list(row.get("label")) or {"tokens", "chosen"} & set(row):
+        return False
+    labels = (table[k].get("label") for table in tables.values() for k in range(len(table)))
+    return not any(isinstance(label, float) and label % 1 for label in labels)
 
 
 def items_of(tables: Mapping[str, Any]) -> dict[str, list[Item]]:

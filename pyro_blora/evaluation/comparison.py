@@ -308,6 +308,11 @@ def compare(
     source: dict[str, Any] = {"data_dir": data_dir}
     source["as_rows"] = likelihood is not None or head not in (CLASS, TEXT)
     whole = given or load_task(data, **source)
+    if likelihood is not None and whole.template is not None:
+        raise ConfigurationError(
+            f"likelihood= must have rows of data, got {whole!r}, whose items have their own; leave "
+            "it out, or pass the rows themselves, such as a data set of datasets."
+        )
     tasks = {
         seed: given or load_task(data, **source, seed=seed, **limits) for seed in map(int, seeds)
     }
@@ -352,10 +357,19 @@ def compare(
     shared = None  # of rows that are no items
     if task.template is None:
         shared = likelihood or usual_likelihood(pair and pair[0], task.test[0])
-        if not shared.has_classes and any(each.view.is_rescaled for each in entries.values()):
+        one, kind = shared.has_classes, type(shared).__name__
+        for each in entries.values():
+            view = each.view
+            needs_one = view.is_rescaled or view.linearized or each.method.linearized
+            distills = view.state == "distilled" and not shared.is_categorical
+            if distills or (needs_one and not one):
+                raise ConfigurationError(
+                    f"{each.name} must have {'one class of each row' if needs_one else 'classes'}, "
+                    f"got {kind}; leave it out, or name a row such as split:lora."
+                )
+        if outside is not None and shared.is_categorical and not one:
             raise ConfigurationError(
-                f"temperature: must have one class of each row, got {type(shared).__name__}; name "
-                "split: instead."
+                f"outside= must have one class or number of each row, got {kind}; leave it out."
             )
     for seed, task in tasks.items():
         missing = [each for name, each in entries.items() if (name, seed) not in done]
@@ -559,6 +573,6 @@ def _row(result: Result, seed: int, task: Task) -> Row:
     row = Row(result.row, seed, metrics, *sizes, *costs, *scored, fitted.has_learned)
     if "outside" in result.predictions:
         outside, _ = result.predictions["outside"]
-        for doubt in [*doubts(prediction)][1:]:  # the first is the confidence
+        for doubt in filter("confidence".__ne__, doubts(prediction)):
             row.auroc[doubt] = out_of_scope(prediction, outside, by=doubt).auroc
     return row

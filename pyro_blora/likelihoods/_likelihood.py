@@ -67,6 +67,7 @@ class Likelihood(Options, PyroModule):
     usual_collator: ClassVar[type[Any] | None] = None  # of rows of text
     task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
+    labels_are_inputs: ClassVar[bool] = False  # whether they are tokens of the input, as of text
     trained_head: bool = False  # whether the head is that of a LoRA, trained before
 
     def __init__(self, *, num_data: int | None = None) -> None:

@@ -94,6 +94,7 @@ class SequenceClassification(Likelihood):
     new_head = True
     task_type = "SEQ_CLS"
     usual_collator = ClassificationCollator
+    label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")  # which may name the classes
 
     def __init__(
         self,
@@ -247,11 +248,12 @@ class SequenceClassification(Likelihood):
         rows = parts_of(whole)[0]
         ours = collate if isinstance(collate, ClassificationCollator) else None
         given = ours.classes if ours else ()
-        names = classes_of(whole) or classes_of(whole, "labels")
+        names = next(filter(None, (classes_of(whole, name) for name in self.label_columns)), [])
         first = rows[0] if isinstance(rows, list | tuple) and rows else None
         if isinstance(first, Item) and not given:
             names = list(first.choices)
-        as_they_are = ours or collate is None or is_from(collate, "transformers.", "torch.")
+        as_they_are = collate is None or is_from(collate, "transformers.", "torch.")
+        as_they_are |= bool(ours and not getattr(ours, "names", ()))  # by which it reads tags
         self._check_order(given, names if as_they_are else [], net)
         if training and given:
             self.classes = self.classes or given

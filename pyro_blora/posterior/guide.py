@@ -135,7 +135,7 @@ class StructuredGuide(PyroModule):
         """The examples' contexts, outside of all plates, or ``None`` if no family reads them."""
         if batch is None or not self.reads_context:
             return None
-        context = arrange(pooled_context(self._model[0].net, batch))
+        context = arrange(pooled_context(self._model[0], batch))
         return context if context.dim() == 1 else context.unflatten(0, (-1, *(1,) * self.nesting))
 
 
@@ -207,16 +207,16 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
 
 
 @torch.no_grad()
-def pooled_context(net: nn.Module, batch: Batch) -> Tensor:
+def pooled_context(model: BayesianLoRAModel, batch: Batch) -> Tensor:
     """The batch's ``context``, ``(B, d)``, or its mean embedding, scaled to norm ``sqrt(d)``."""
     if "context" in batch:
         return batch["context"]
     ids = batch["input_ids"]
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     weight = torch.ones_like(ids) if mask is None else mask
-    if labels is not None and labels.shape == ids.shape:
+    if model.likelihood.labels_are_inputs and labels is not None and labels.shape == ids.shape:
         weight = weight * (labels == -100)  # the context must not depend on the labels
-    embedded = net.get_input_embeddings()(ids)  # type: ignore[operator]
+    embedded = model.net.get_input_embeddings()(ids)  # type: ignore[operator]
     embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
     dims = tuple(range(1, ids.dim()))
     mean = (embedded * weight.unsqueeze(-1)).sum(dims)  # up to a factor, which normalize() drops

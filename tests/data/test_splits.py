@@ -1,5 +1,8 @@
 """How many examples there are, and which of them are held out."""
 
+import math
+from itertools import permutations
+
 import datasets
 import pytest
 import tiny
@@ -84,11 +87,23 @@ TWINS = [
     for n in range(40)
     for k in range(2)
 ]
+RANKED = [  # every pair of an answer and another one, in both orders
+    {"prompt": f"{n}?", "chosen": f"answer {a}", "rejected": f"answer {b}"}
+    for n in range(20)
+    for a, b in permutations(range(4), 2)
+]
+PAIRS = [{"chosen": f"film {a}", "rejected": f"film {b}"} for a, b in permutations(range(9), 2)]
+KEYS = {
+    "films": (FILMS * 3, 80),
+    "encoded": (ENCODED * 2, 80),
+    "twins": (TWINS * 2, 40),
+    "ranked": (RANKED, 20),
+    "pairs": (PAIRS, 36),
+    "no prompt of a data frame": ([{"prompt": math.nan, **row} for row in PAIRS], 36),
+}
 
 
-@pytest.mark.parametrize(
-    ("rows", "count"), [(FILMS * 3, 80), (ENCODED * 2, 80), (TWINS * 2, 40)], ids=["F", "E", "T"]
-)
+@pytest.mark.parametrize(("rows", "count"), KEYS.values(), ids=KEYS)
 def test_rows_of_a_key_stay_on_one_side_also_when_rows_are_added(rows, count):
     keys = keys_of(rows)
     assert len(set(keys)) == count
@@ -104,14 +119,16 @@ def test_rows_of_a_key_stay_on_one_side_also_when_rows_are_added(rows, count):
     assert {key for key in again if not key.startswith("more")} == test
 
 
-def test_choices_that_many_questions_share_are_no_twins():
+def test_choices_or_a_prompt_that_many_rows_share_do_not_tie_them():
     few = [{"question": f"{k} _", "choices": ["a0", "b0"], "label": 0} for k in range(4)]
     assert len(set(keys_of([*few, *TWINS[4:]])[:4])) == 1
     classes = [{"question": f"{k}?", "choices": ["no", "yes"], "label": 0} for k in range(9)]
     assert len(set(keys_of(classes))) == 9
+    assert len(set(keys_of([{"prompt": "Which?", **row} for row in PAIRS]))) == 36
     same = [classes[0]] * 9
     assert len(hold_out(same, 0.5)[1]) == 0  # of one text nothing can be held out
     assert len(set(keys_of([(1, 2), (1, 2)]))) == 2  # rows that cannot be compared
+    assert keys_of(datasets.Dataset.from_list(RANKED)) == keys_of(RANKED)
     table = datasets.Dataset.from_list(FILMS)
     assert hold_out(table, 0.25)[1].features == table.features
 

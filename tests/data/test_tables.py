@@ -173,3 +173,11 @@ def test_an_id_may_be_a_number(tmp_path):
     item = {"question": "is it", "choices": ["yes", "no"], "label": 0}
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": k, **item}) for k in (7, 8)))
     assert [item.id for item in load_task({"test": tmp_path / "a.jsonl"}).test] == ["7", "8"]
+
+
+@pytest.mark.parametrize("labels", [(4, 3.5), (3.5, 4), (4.0, 3.5)], ids=str)
+def test_labels_of_which_some_are_no_whole_numbers_stay_rows_of_numbers(labels):
+    rows = [{"text": f"film {k}", "label": labels[k % 2]} for k in range(20)]
+    task = load_task(rows)
+    assert task.template is None
+    assert all(row in rows for row in task.test)

@@ -17,6 +17,7 @@ from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.evaluation import comparison
 from pyro_blora.evaluation.results import Row
 from pyro_blora.guides import Delta, MatrixNormal, MeanField
+from pyro_blora.likelihoods import Ordinal
 from pyro_blora.methods import Method
 from pyro_blora.models import KroneckerInducing, Subspace
 from pyro_blora.scores import evaluate, item_scores
@@ -175,6 +176,7 @@ def test_other_weights_or_tokenizers_of_the_same_name_are_not_taken_for_these(en
         ("lora", {"validation": ROWS}, "got validation=;"),
         ("best:lora", {"patience": 2}, "got patience=;"),
         ("lora", {"max_validation": 20}, "A Task must come without .*'max_validation': 20"),
+        ("lora", {"likelihood": Ordinal(num_classes=3)}, r"likelihood= must have .* got Task\("),
         ("lora", {"data_dir": "data"}, "A Task must come without .* data_dir='data'"),
     ],
 )

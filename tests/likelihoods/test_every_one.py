@@ -1,10 +1,13 @@
 """Each likelihood with what users do with an adapter: it works, or is refused in one line."""
 
+import kinds
 import pytest
 import tiny
 import torch
 
+from pyro_blora import compare
 from pyro_blora.errors import ConfigurationError
+from pyro_blora.evaluation import comparison
 from pyro_blora.evaluation.metrics import doubts, out_of_scope, rank, threshold_for
 from pyro_blora.evaluation.plots import ood_diagram
 
@@ -97,3 +100,23 @@ def test_the_trainer_trains_and_evaluates(blora, data, tmp_path):
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert len(losses) == 2
     assert torch.tensor(losses).isfinite().all()
+
+
+LINEAR = [
+    (k, method, {}) for k in ("numbers", "labels", "tags") for method in ("linearized:", "laplace-")
+]
+OUTSIDE = [(k, "", {"outside": kinds.ROWS[k][:4]}) for k in ("labels", "tags")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "view", "options"), [*LINEAR, ("numbers", "distilled:", {}), *OUTSIDE]
+)
+def test_a_comparison_that_it_cannot_do_is_refused_before_training(
+    kind, view, options, monkeypatch
+):
+    monkeypatch.setattr(comparison, "train_and_score", lambda *_, **__: pytest.fail("it trained"))
+    pair, likelihood = (kinds.NETS[kind](), kinds.TOKENIZER), kinds.PASSED.get(kind, lambda: None)()
+    options = {"likelihood": likelihood, **options, **kinds.FEW}
+    with pytest.raises(ConfigurationError, match=r"must have .*class.*, got [A-Z]") as caught:
+        compare(pair, kinds.ROWS[kind], [f"{view}lora"], **options)
+    assert "\n" not in str(caught.value)

@@ -66,6 +66,12 @@ def test_a_comparison_goes_on_from_its_folder(tmp_path):
         compare(pair, ROWS, ["temperature:lora"], **how)
 
 
+def test_both_deviations_are_columns_of_a_comparison_with_others():
+    pair, others = (kinds.NETS["numbers"](), TOKENIZER), ["a cold night", "who are you"]
+    table = compare(pair, ROWS, ["mean-field"], seeds=[0], outside=others, **kinds.FEW)
+    assert [*table.rows[0].auroc] == ["stddev", "adapter_stddev"]
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [("good", "a finite number, got 'good' in row 1"), (math.nan, "number, got nan in row 1"),

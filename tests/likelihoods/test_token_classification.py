@@ -3,14 +3,16 @@
 import sys
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import tiny
 import torch
 from kinds import FEW, NETS, PARTS, ROWS, TOKENIZER, WORDS, adapter
 from kinds import TAGS as NAMES
+from torch.utils.data import DataLoader
 from transformers import LlamaForTokenClassification
 
-from pyro_blora import compare, fit
+from pyro_blora import compare, fit, guides
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.likelihoods import TagCollator, TokenClassification
 
@@ -69,6 +71,24 @@ def test_spans_are_scored_where_seqeval_is_installed(monkeypatch):
     assert table.rows[0].metrics.f1 == 0.5
     assert seen.both[0] == [row["tags"] for row in ROWS]
     assert [*map(len, seen.both[1])] == [*map(len, PARTS)]
+
+
+def test_a_loader_that_numbers_the_tags_in_another_order_is_refused():
+    features = {"tokens": [datasets.Value("string")], "tags": [datasets.ClassLabel(names=NAMES)]}
+    rows = datasets.Dataset.from_list(ROWS, features=datasets.Features(features))
+    net = tagger(id2label=dict(enumerate([*NAMES[1:], NAMES[0]])))
+    blora, loader = adapter("tags", net=net), DataLoader(rows, 4, collate_fn=TagCollator(TOKENIZER))
+    with pytest.raises(DataError, match=r"as .*'I-key', 'O', 'B-key'.*, got"):
+        fit(blora, loader, **FEW)
+    read, collate = blora.reading(rows)  # by names
+    fit(blora, DataLoader(read, 4, collate_fn=collate), held_out=0.0, **FEW)
+
+
+def test_an_amortized_posterior_reads_all_tokens_with_and_without_tags():
+    blora = tiny.shaken(adapter("tags", guide=guides.Amortized()), 1.0)
+    batch = TagCollator(TOKENIZER, NAMES)(ROWS[:4])
+    unlabeled = {key: value for key, value in batch.items() if key != "labels"}
+    torch.testing.assert_close(blora.guide.center(batch), blora.guide.center(unlabeled))
 
 
 WRONG = [{"tags": ["O"]}, {"tokens": []}, {"tokens": ["a", 1]}, {"tokens": "ab"}]
