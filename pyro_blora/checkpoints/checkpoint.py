@@ -168,7 +168,8 @@ def read_pretrained(
             saved options. If priors were saved by group, a mapping with some of the groups. An
             object of another class is used as it is. Default: rebuilt from the file.
         guide: likewise for the guide, or the function that makes it.
-        likelihood: likewise for the likelihood, but an object is always used as it is.
+        likelihood: likewise for the likelihood, but an object keeps its options. Of its class,
+            it takes the saved ones where its own are ``None`` or empty.
         trust_remote_code: whether a class from outside this library may be imported by its name.
     """
     folder = fetched(folder, WEIGHTS, "adapter_config.json")  # the latter for an error's hint
@@ -414,8 +415,8 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
         given = _imported(noun, name, described.get("module"), trusted)
     elif not isinstance(given, type):
         same = type(given).__name__ == name.rpartition(".")[2]
-        if noun == "likelihood" and same and (options or {}).get("classes") is not None:
-            return _with_classes(given, options)
+        if noun == "likelihood" and same:
+            return restored(given, options or {})
         if noun == "likelihood" or not same or options is None:
             return given
         given = type(given)  # because the tensors were trained with the saved options
@@ -430,17 +431,24 @@ def _rebuild(noun: str, described: Mapping[str, Any], given: Any, trusted: bool)
     return given(**options)
 
 
-def _with_classes(likelihood: Any, saved: Any) -> Any:
-    """The likelihood with the classes in the saved order; a head without names takes any."""
-    classes = tuple(saved["classes"])
-    if classes and tuple(likelihood.classes or classes) != classes:
-        raise CheckpointError(
-            f"The adapter was saved with the classes {list(classes)}, in this order; leave "
-            "classes= out."
-        )
-    kept = {n: v for n, v in saved.items() if n == "data_names"}
-    kept["classes"] = likelihood.classes or classes
-    return type(likelihood)(**likelihood.options() | kept)
+def restored(likelihood: Any, saved: Mapping[str, Any]) -> Any:
+    """The likelihood, or a copy with the saved values of options that are ``None`` or empty."""
+    options = likelihood.options()
+    saved = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items() if n in options}
+    for name in ("classes", *likelihood.unit_options):
+        value = saved.get(name)
+        # a head without names of its classes takes any
+        if value not in (None, ()) and options[name] not in (None, (), value):
+            order = ", in this order" if isinstance(value, tuple) else ""
+            shown = [*value] if order else value
+            raise CheckpointError(
+                f"The adapter was saved with the {name} {shown}{order}; leave {name}= out."
+            )
+    is_open = {n: v is None or (isinstance(v, tuple | list) and not v) for n, v in options.items()}
+    kept = {n: v for n, v in saved.items() if v is not None and is_open[n]}
+    # the numbers of a head without names keep their meaning
+    kept |= {n: v for n, v in saved.items() if n == "data_names"}
+    return type(likelihood)(**options | kept) if kept else likelihood
 
 
 def _imported(noun: str, name: str, module: str | None, trusted: bool) -> Any:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora._version import __version__
-from pyro_blora.checkpoints.checkpoint import fetched, names_in, read_tensors, write_tensors
+from pyro_blora.checkpoints.checkpoint import (
+    fetched,
+    names_in,
+    read_tensors,
+    restored,
+    write_tensors,
+)
 from pyro_blora.checkpoints.files import write_file
 from pyro_blora.errors import CheckpointError, ConfigurationError, check_count, readable
 from pyro_blora.likelihoods import SequenceClassification, usual_likelihood
@@ -44,7 +50,7 @@ _PLAIN = (
     *("fan_in_fan_out", "use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "eva_config", "corda_config", "loftq_config"),
     *("lora_ga_config", "velora_config", "megatron_core", "qalora_group_size"),
-    *("ensure_weight_tying", "runtime_config", "classes"),
+    *("ensure_weight_tying", "runtime_config", _NUMBERS),
 )
 _VALUES = {
     "peft_type": ("LORA",),
@@ -63,7 +69,7 @@ class PeftAdapter:
     base: str | None  # its name for loading
     task: str | None
     where: str
-    classes: tuple[str, ...] = ()  # the names of its logits if this library wrote the adapter
+    numbers: Mapping[str, Any]  # of ``one_pass.json`` if this library wrote the adapter
 
     def load_base(self) -> nn.Module:
         """Loads the base network by the name in the adapter's configuration."""
@@ -167,7 +173,7 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
             base=name_of_folder(config.get("base_model_name_or_path") or "") or None,
             task=config.get("task_type"),
             where=where,
-            classes=tuple(config.get("classes") or ()),
+            numbers=config.get(_NUMBERS) or {},
         )
 
 
@@ -186,7 +192,7 @@ def _of_folder(source: Any) -> _Source:
         config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
         # that of an earlier export stays if PEFT saves another adapter here
         if (numbers := folder / _NUMBERS).is_file() and _is_export(folder):
-            config["classes"] = json.loads(numbers.read_text(encoding="utf-8")).get("classes")
+            config[_NUMBERS] = json.loads(numbers.read_text(encoding="utf-8"))
     return config, read_tensors(folder / PEFT_WEIGHTS)[1], {}, str(folder)
 
 
@@ -249,7 +255,7 @@ def from_peft(
     else:
         base = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
     with base as network:
-        likelihood = _of_trained_head(network, adapter, likelihood)
+        likelihood = _as_exported(network, adapter, likelihood)
         blora = make(
             network,
             target_modules="|".join(map(re.escape, adapter.factors)),
@@ -269,18 +275,26 @@ def from_peft(
     return blora
 
 
-def _of_trained_head(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
-    """The likelihood, with classes in the trained head's order; without names they are numbers."""
+def _as_exported(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
+    """The likelihood with what an export says of it; without names, classes are numbers."""
     if likelihood is None and is_classifier(net):
         likelihood = usual_likelihood(net)
-    if not isinstance(likelihood, SequenceClassification):
+    saved = dict(adapter.numbers)
+    if isinstance(likelihood, SequenceClassification):
+        saved["classes"] = saved.get("classes") or likelihood.classes or logit_names(net)
+    if likelihood is None or not saved:
         return likelihood
-    options, classes = likelihood.options(), adapter.classes or logit_names(net)
-    if (given := options.pop("classes")) and adapter.classes and tuple(given) != adapter.classes:
-        raise ConfigurationError(
-            f"classes must be {list(classes)}, in the order of {adapter.where}, got {list(given)}."
-        )
-    return type(likelihood)(**options, classes=given or classes)
+    again = restored(likelihood, saved)
+    again = again.bind(torch.device("cpu"))  # a copy, because the user's stays as it is
+    for name in [n for n in saved if f"{n}_unconstrained" in dict(again.named_parameters())]:
+        value, start = torch.tensor(saved[name]), getattr(again, name)
+        if value.shape != start.shape:
+            raise CheckpointError(
+                f"{adapter.where} has {name} of {tuple(value.shape)}, but {likelihood!r} of "
+                f"{tuple(start.shape)}; pass the likelihood that was exported."
+            )
+        setattr(again, name, value)
+    return again
 
 
 @contextmanager
@@ -321,7 +335,8 @@ def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_sample
     The heads become PEFT's ``modules_to_save``. The adapter of an adapted ``PeftModel`` is not
     written, so merge it into the base first. The temperature of the mean, or of the draws, is
     folded into a trained head. Without a head it is in ``one_pass.json``, and for text in
-    ``generation_config.json``, too. ``one_pass.json`` also names the classes of a classifier.
+    ``generation_config.json``, too. ``one_pass.json`` also names the classes of a classifier, and
+    has learned numbers such as the noise, in the unit of the exported scores.
 
     Args:
         posterior: the adapter's posterior.
@@ -384,16 +399,11 @@ def _is_export(folder: Path) -> bool:
 
 def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
     """JSON files for exports whose logits need post-processing to become probabilities."""
-    likelihood = model.likelihood
-    skipped = {"num_data", "pack"}
-    if _last_linear(model) is not None:  # which includes them
-        skipped |= {"loc", "scale"}
-        temperature = 1.0 if likelihood.unit(2.0) != likelihood.unit(1.0) else temperature
+    likelihood, folded = model.likelihood, _last_linear(model) is not None
+    if folded and likelihood.unit(2.0) != likelihood.unit(1.0):
+        temperature = 1.0
     # for which PEFT's files have no place, such as the classes, the token_ids or the noise
-    numbers = {n: v for n, v in likelihood.options().items() if n not in skipped and v}
-    learned = {n.removesuffix("_unconstrained") for n, _ in likelihood.named_parameters()}
-    numbers |= {name: getattr(likelihood, name).tolist() for name in sorted(learned)}
-    numbers = {"temperature": temperature, **numbers}
+    numbers = {"temperature": temperature, **likelihood.numbers(folded=folded)}
     texts = {_NUMBERS: json.dumps(numbers, indent=2, default=str) + "\n"}
     if not likelihood.predicts:
         from transformers import GenerationConfig  # not at the top: it sets warning filters
@@ -427,10 +437,12 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
     config, tensors = _lora(model, posterior.draws(0), temperature, 0)
     from peft import get_peft_model, set_peft_model_state_dict
 
-    if temperature != 1 and _last_linear(model) is None:
+    scale, shift = model.likelihood.unit(temperature)
+    if (scale, shift) != (1, 0) and _last_linear(model) is None:
+        needed = "trained head with a bias" if shift else "trained head"  # a reload drops a new one
         warnings.warn(
-            f"The merged network has no trained head for the temperature {temperature:.4g}; divide "
-            "its scores by that.",
+            f"The merged network has no {needed} for the unit or the temperature of its scores; "
+            f"multiply them by {scale:.7g}" + (f" and add {shift:.7g}." if shift else "."),
             stacklevel=4,
         )
     net: Any = unwrap()

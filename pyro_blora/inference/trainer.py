@@ -251,16 +251,18 @@ class BayesianLoRATrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
     ) -> None:
-        blora = self.blora
+        blora, likelihood = self.blora, self.blora.likelihood
         parts: dict[str, Any] = {"prior": blora.prior, "guide": blora.guide_family}
-        parts["likelihood"] = blora.likelihood
+        parts["likelihood"] = likelihood
         said = read_config(resume_from_checkpoint)["likelihood"].get("options") or {}
-        trained, now = said.get("classes"), getattr(blora.likelihood, "classes", None) or ()
+        trained, now = said.get("classes"), getattr(likelihood, "classes", None) or ()
         if trained is not None and bool(trained) != bool(now):
             raise CheckpointError(
                 f"{resume_from_checkpoint} was trained on {trained or 'numbers'} as classes, got "
                 f"data with {list(now) or 'numbers'}; resume with the same data."
             )
+        for name in likelihood.unit_options:  # of the saved tensors; these rows may have another
+            setattr(likelihood, name, said.get(name, getattr(likelihood, name)))
         read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)
 
     def _load_best_model(self) -> None:

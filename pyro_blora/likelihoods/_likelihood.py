@@ -65,6 +65,7 @@ class Likelihood(Options, PyroModule):
     held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
     padding: ClassVar[type] = DataCollatorWithPadding  # of rows of token ids
     usual_collator: ClassVar[type[Any] | None] = None  # of rows of text
+    unit_options: ClassVar[tuple[str, ...]] = ()  # those that give the unit of the labels
     task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
     labels_are_inputs: ClassVar[bool] = False  # whether they are tokens of the input, as of text
@@ -200,6 +201,16 @@ class Likelihood(Options, PyroModule):
     def unit(self, temperature: float) -> tuple[float, float]:
         """The scale and the shift that an exported head applies to the network's output."""
         return 1 / temperature, 0.0
+
+    def numbers(self, *, folded: bool) -> dict[str, Any]:
+        """What an export says of its outputs beside the temperature, such as the classes.
+
+        ``folded`` says that the exported head applies :meth:`unit`.
+        """
+        skipped = {"num_data", "pack"}
+        numbers = {n: v for n, v in self.options().items() if n not in skipped and v}
+        learned = {n.removesuffix("_unconstrained") for n, _ in self.named_parameters()}
+        return numbers | {name: getattr(self, name).tolist() for name in sorted(learned)}
 
     def metrics(self, prediction: Prediction, labels: Tensor) -> Metrics:
         """The scores of a prediction."""

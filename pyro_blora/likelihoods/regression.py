@@ -53,6 +53,7 @@ class Regression(Likelihood):
     held_out = 1 / 8
     roles: ClassVar[dict[str, str]] = {"noise": "likelihood"}
     usual_collator = NumberCollator
+    unit_options = ("loc", "scale")
 
     def __init__(
         self, *, num_data: int | None = None, loc: float | None = None, scale: float | None = None
@@ -124,3 +125,11 @@ class Regression(Likelihood):
     def unit(self, temperature: float) -> tuple[float, float]:
         """An exported head has the unit of the labels."""
         return self.scale or 1.0, self.loc or 0.0
+
+    def numbers(self, *, folded: bool) -> dict[str, Any]:
+        """The noise, in the unit of what the exported head gives, and that unit."""
+        numbers = super().numbers(folded=folded)
+        scale, loc = self.unit(1.0)
+        if folded:
+            return {**numbers, "loc": 0.0, "scale": 1.0, "noise": scale * numbers["noise"]}
+        return {**numbers, "loc": loc, "scale": scale}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TorchAoConfig
 
 from pyro_blora import BayesianLoRA, guides, models
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import CheckpointError, ConfigurationError
 from pyro_blora.likelihoods import SequenceClassification
 
 peft = pytest.importorskip("peft")
@@ -116,7 +116,7 @@ def test_the_classes_of_a_classifier_are_named_beside_its_export(tmp_path):
     again = BayesianLoRA.from_peft(tiny.bert(), tmp_path)
     assert again.likelihood.classes == names
     other = SequenceClassification(classes=names[::-1])
-    with pytest.raises(ConfigurationError, match="in the order of"):
+    with pytest.raises(CheckpointError, match=r"classes \['no', 'maybe', 'yes'\], in this order"):
         BayesianLoRA.from_peft(tiny.bert(), tmp_path, likelihood=other)
     config = blora.merge_and_unload().config
     assert (config.id2label, config.label2id["yes"]) == ({0: "no", 1: "maybe", 2: "yes"}, 2)

@@ -1,0 +1,111 @@
+"""The unit of labels, and what a likelihood has learned, in files and in merged networks."""
+
+import json
+import re
+
+import peft
+import pytest
+import tiny
+import torch
+from kinds import FEW, NETS, ROWS, TOKENIZER, adapter
+from transformers import LlamaForSequenceClassification
+
+from pyro_blora import BayesianLoRA, fit
+from pyro_blora.errors import CheckpointError
+from pyro_blora.likelihoods import NumberCollator, Ordinal, Regression
+
+
+def llama():
+    """A decoder with a head of one output, which has no bias to hold the mean of the labels."""
+    sizes = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 64}
+    return LlamaForSequenceClassification(tiny.llama(num_labels=1, **sizes).config).eval()
+
+
+HEADS = {"bias": NETS["numbers"], "none": llama}
+
+
+@pytest.fixture(params=HEADS)
+def trained(request):
+    blora = adapter("numbers", net=HEADS[request.param]())
+    fit(blora, ROWS["numbers"], **FEW)
+    with torch.no_grad():
+        blora.model.mean_temperature.fill_(1.3)
+    return blora
+
+
+def predicted(blora, kind="numbers"):
+    return blora.predict_dataset(ROWS[kind], num_samples=0, precision="float32")[0]
+
+
+def output(net):
+    texts = [{"text": row["text"]} for row in ROWS["numbers"]]
+    with torch.no_grad():
+        return net(**NumberCollator(TOKENIZER)(texts)).logits[:, 0]
+
+
+def test_the_numbers_of_an_export_give_the_normal_distribution(trained, tmp_path):
+    expected, trained_on = predicted(trained), trained.likelihood
+    trained.export_peft(tmp_path)
+    lora = peft.PeftModel.from_pretrained(trained.unwrap(), str(tmp_path)).eval()
+    numbers = json.loads((tmp_path / "one_pass.json").read_text())
+    mean = numbers["loc"] + numbers["scale"] * output(lora)
+    torch.testing.assert_close(mean, expected.mean, atol=1e-4, rtol=1e-5)
+    stddev = torch.tensor(numbers["scale"] * numbers["noise"] * numbers["temperature"])
+    torch.testing.assert_close(stddev.expand(len(mean)), expected.noise_stddev)
+    for given in (None, Regression(num_data=48)):
+        again = BayesianLoRA.from_peft(
+            lora.unload(), tmp_path, likelihood=given, tokenizer=TOKENIZER
+        )
+        torch.testing.assert_close(predicted(again).mean, expected.mean, atol=1e-4, rtol=1e-5)
+        noise = trained_on.scale * trained_on.noise.expand(len(mean)).detach()
+        torch.testing.assert_close(predicted(again).noise_stddev, noise)
+        again.unwrap()
+
+
+def test_a_merged_network_predicts_in_the_unit_or_says_how(trained, recwarn):
+    expected = predicted(trained).mean
+    biased = trained.net.get_submodule(trained.model.trained_heads.names[0]).bias is not None
+    found = output(trained.merge_and_unload())
+    if not biased:
+        (warning,) = [w for w in recwarn if "no trained head with a bias" in str(w.message)]
+        scale, shift = re.search(r"by (\S+) and add (\S+)\.$", str(warning.message)).groups()
+        found = float(scale) * found + float(shift)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+
+
+def test_a_likelihood_that_is_passed_takes_the_saved_unit(trained, tmp_path):
+    expected = predicted(trained).mean
+    trained.save_pretrained(tmp_path)
+    options = {"likelihood": Regression(num_data=9), "tokenizer": TOKENIZER}
+    again = BayesianLoRA.from_pretrained(net := trained.unwrap(), tmp_path, **options)
+    assert torch.equal(predicted(again).mean, expected)
+    assert (again.likelihood.num_data, options["likelihood"].loc) == (9, None)
+    options["likelihood"] = Regression(loc=0.0)
+    with pytest.raises(CheckpointError, match=r"saved with the loc 11\S+; leave loc= out"):
+        BayesianLoRA.from_pretrained(net, tmp_path, **options)
+
+
+def test_cuts_come_back_from_an_export(tmp_path):
+    blora = adapter("order")
+    fit(blora, ROWS["order"], **FEW)
+    tiny.shaken(blora.likelihood, 0.5)
+    expected = predicted(blora, "order").probs
+    blora.export_peft(tmp_path)
+    net, options = blora.unwrap(), {"tokenizer": TOKENIZER}
+    with pytest.raises(CheckpointError, match=r"has cuts of \(3,\), but Ordinal"):
+        BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=5))
+    again = BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=4), **options)
+    torch.testing.assert_close(predicted(again, "order").probs, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_that_is_resumed_keeps_its_unit(tmp_path):
+    options = {"data_collator": None, "save_steps": 1, "save_strategy": "steps", "held_out": 0.0}
+    blora = adapter("numbers")
+    tiny.trainer(tmp_path, blora, ROWS["numbers"], max_steps=1, **options).train()
+    unit = blora.likelihood.loc, blora.likelihood.scale
+    blora = adapter("numbers", net=blora.unwrap())
+    more = [*ROWS["numbers"], {"text": "it was great", "label": 900.0}]
+    trainer = tiny.trainer(tmp_path, blora, more, max_steps=2, **options)
+    assert blora.likelihood.loc != unit[0]
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert (blora.likelihood.loc, blora.likelihood.scale) == unit
