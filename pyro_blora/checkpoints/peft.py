@@ -74,16 +74,13 @@ class PeftAdapter:
     def load_base(self) -> nn.Module:
         """Loads the base network by the name in the adapter's configuration."""
         classes = None
-        if self.task in (
-            "SEQ_CLS",
-            "TOKEN_CLS",
-        ):  # the last layer of the head has one row per class
+        if self.task in ("SEQ_CLS", "TOKEN_CLS"):  # the head's last layer has a row for each class
             classes = min((len(t) for t in self.others.values() if t.dim() == 2), default=None)
         if not self.base or (self.task != "CAUSAL_LM" and classes is None):
             raise ConfigurationError(
                 f"{self.where} must name its base, and the task CAUSAL_LM, or SEQ_CLS or TOKEN_CLS "
-                "with a head, "
-                f"got {self.base!r} and {self.task!r}; load the network and give it to from_peft."
+                f"with a head, got {self.base!r} and {self.task!r}; load the network and give it "
+                "to from_peft."
             )
         head = TAGS if self.task == "TOKEN_CLS" else CLASS
         return load_network(self.base, num_labels=classes, head=head)
@@ -401,7 +398,7 @@ def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
     """JSON files for exports whose logits need post-processing to become probabilities."""
     likelihood, folded = model.likelihood, _last_linear(model) is not None
     if folded and likelihood.unit(2.0) != likelihood.unit(1.0):
-        temperature = 1.0
+        temperature = 1.0  # which the exported head applies
     # for which PEFT's files have no place, such as the classes, the token_ids or the noise
     numbers = {"temperature": temperature, **likelihood.numbers(folded=folded)}
     texts = {_NUMBERS: json.dumps(numbers, indent=2, default=str) + "\n"}
@@ -517,11 +514,7 @@ def _saved_whole(net: nn.Module, names: Sequence[str]) -> list[str]:
 def _task_type(model: BayesianLoRAModel) -> str | None:
     if model.likelihood.new_head:
         # PEFT then makes the head one of modules_to_save, and does not adapt its layers
-        trained = set(model.trained_heads.names)
-        return (
-            model.likelihood.task_type
-            if trained and trained >= set(head_names(model.net))
-            else None
-        )
+        trained, every = set(model.trained_heads.names), set(head_names(model.net))
+        return model.likelihood.task_type if trained and trained >= every else None
     generates = getattr(model.net, "can_generate", None)
     return "CAUSAL_LM" if generates is not None and generates() else None

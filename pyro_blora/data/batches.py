@@ -20,7 +20,7 @@ from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.items import Item
 from pyro_blora.labels import parts_of
 from pyro_blora.likelihoods import Batch, Collate
-from pyro_blora.network.pretrained import choose_precision
+from pyro_blora.network.pretrained import choose_precision, usual_device
 from pyro_blora.posterior.bayesian_lora_model import to_device
 from pyro_blora.prediction import Prediction
 
@@ -197,7 +197,7 @@ def predict_dataset(
         The prediction, such as ``S x N x K``, and the labels, ``N``, or ``None`` if the examples
         have none. If examples differ in their number of labels, -100 stands for the missing ones.
     """
-    usual: Any = torch.accelerator.current_accelerator(True) or "cpu"
+    usual: Any = usual_device()
     adapter = getattr(predict, "__self__", None)
     predictions, labels, back = over_dataset(
         lambda batch: (predict(batch), labels_of(batch) if labels_of else batch.get("labels")),

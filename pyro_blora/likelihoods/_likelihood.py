@@ -17,6 +17,7 @@ from typing_extensions import Self
 from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.labels import FINITE, Kind, checked_labels
 from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
+from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.network.targets import kind_of_head
 from pyro_blora.options import Options
@@ -294,8 +295,3 @@ class Likelihood(Options, PyroModule):
                 "leave that example out."
             )
         return count
-
-
-def in_single_precision(logits: Tensor) -> Tensor:
-    """Logits in float32 at least, because probabilities in half precision do not sum to one."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -52,8 +52,7 @@ class Ordinal(Likelihood):
     @property
     def label_kind(self) -> Kind:
         """Whole numbers of classes."""
-        classes = range(len(self.cuts) + 1)
-        words = f"a whole number below {len(classes)}"
+        classes, words = range(self.num_classes), f"a whole number below {self.num_classes}"
         return words, lambda label: not isinstance(label, bool) and label in classes
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:

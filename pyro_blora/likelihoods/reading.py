@@ -37,13 +37,17 @@ def check_causal(net: nn.Module) -> None:
         output_head(net)
 
 
+def in_single_precision(logits: Tensor) -> Tensor:
+    """Logits in float32 at least, because probabilities in half precision do not sum to one."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def head_logits(net: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The output of a network's head for all arguments of the network in a batch."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if "position_ids" not in inputs:
         inputs.update(positions_of(net, inputs.get("attention_mask")))
-    logits: Tensor = net(**inputs).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return in_single_precision(net(**inputs).logits)
 
 
 def true_entries(mask: Tensor, count: int | None = None) -> Tensor:
@@ -107,8 +111,7 @@ def logits_at(
     logits = (logits if narrowed else gathered(logits)).flatten(0, 1)
     if per_row and real is not None:
         logits = logits[real.to(logits.device)]
-    logits = logits if token_ids is None else logits[..., token_ids]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return in_single_precision(logits if token_ids is None else logits[..., token_ids])
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ class Regression(Likelihood):
 
     def distribution(self, logits: Tensor, labels: Tensor | None) -> TorchDistribution:
         """The normal distribution, in the unit of the labels."""
-        loc, scale = self.loc or 0.0, self.scale or 1.0
+        scale, loc = self.unit(1.0)
         return Normal(loc + scale * logits[..., 0], scale * logits[..., 1].exp())
 
     def tempered(self, logits: Tensor, temperature: Tensor) -> Tensor:

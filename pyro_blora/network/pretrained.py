@@ -97,11 +97,10 @@ def load_network(
     path, source = _place(name)
     auto, options = transformers.AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
-        auto, options["num_labels"] = transformers.AutoModelForSequenceClassification, num_labels
-    if num_labels is not None and head == TAGS:
-        auto = transformers.AutoModelForTokenClassification
-    if num_labels is not None and head == LABELS:
-        options["problem_type"] = "multi_label_classification"
+        kind = "TokenClassification" if head == TAGS else "SequenceClassification"
+        auto, options["num_labels"] = getattr(transformers, f"AutoModelFor{kind}"), num_labels
+        if head == LABELS:
+            options["problem_type"] = "multi_label_classification"
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -123,7 +122,7 @@ def load_network(
             f"model {name!r} must be a causal language model, got no weights for "
             f"{min(info['missing_keys'])}; load a classifier with num_labels=."
         )
-    return net.eval().to(device or _usual_device())
+    return net.eval().to(device or usual_device())
 
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
@@ -196,7 +195,7 @@ def choose_precision(name: str, device: str | torch.device | None = None) -> str
     """
     if check_precision(name) != "auto":
         return name
-    return "bfloat16" if _bfloat16_pays(torch.device(device or _usual_device()).type) else "float32"
+    return "bfloat16" if _bfloat16_pays(torch.device(device or usual_device()).type) else "float32"
 
 
 def _bfloat16_pays(kind: str) -> bool:
@@ -210,5 +209,6 @@ def _bfloat16_pays(kind: str) -> bool:
     return supported is not None and bool(supported())
 
 
-def _usual_device() -> str | torch.device:
+def usual_device() -> str | torch.device:
+    """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or "cpu"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
-from pyro_blora.likelihoods._likelihood import in_single_precision
+from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
 from pyro_blora.posterior.guide import StructuredGuide

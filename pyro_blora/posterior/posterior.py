@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch
-from pyro_blora.likelihoods._likelihood import Prepared, in_single_precision
+from pyro_blora.likelihoods._likelihood import Prepared
+from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.methods import Method
 from pyro_blora.models import LowRankUpdate
 from pyro_blora.network.adapter import in_mode
