@@ -12,7 +12,7 @@ from transformers import DataCollatorForTokenClassification
 
 from pyro_blora.errors import DataError
 from pyro_blora.labels import classes_of, first_tags, label_of, names_of
-from pyro_blora.likelihoods._likelihood import Batch, Collate
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Prepared
 from pyro_blora.likelihoods._token_labels import TokenLabels
 from pyro_blora.likelihoods.reading import compact, head_logits
 from pyro_blora.likelihoods.sequence_classification import (
@@ -111,9 +111,15 @@ class TokenClassification(TokenLabels, SequenceClassification):
                 )
         return ours
 
+    def prepare(self, batch: Batch) -> Prepared:
+        """The batch, checked, with its words, whose count synchronizes the device."""
+        prepared = super().prepare(batch)
+        prepared["word_mask"], prepared["word_count"] = self._words(batch)
+        return prepared
+
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the words in order, ``(B, W, K)``."""
-        inputs = {key: value for key, value in batch.items() if key != "word_mask"}
+        inputs = {key: value for key, value in batch.items() if not key.startswith("word_")}
         logits, (words, count) = head_logits(net, inputs), self._words(batch)
         index = torch.arange(words.shape[-1], device=words.device).expand_as(words)
         real, (places,) = compact(words, count, index)
@@ -143,6 +149,8 @@ class TokenClassification(TokenLabels, SequenceClassification):
 
     def _words(self, batch: Batch) -> tuple[Tensor, int]:
         """Where words start, ``(B, T)``, and the most in a row."""
+        if "word_count" in batch:
+            return batch["word_mask"], batch["word_count"]
         labels = self.per_token(batch)
         usual = batch["attention_mask"] if labels is None else labels != -100
         words: Tensor = batch.get("word_mask", usual).bool()
