@@ -18,7 +18,7 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import TrainedHeads, in_mode
 from pyro_blora.posterior.store import constraint_of
 
-#: The usual rates, which a prior (``learning_rates``), a method or a call of ``fit`` may override.
+#: The usual rates; a prior, a likelihood (``learning_rates``), a method or a call may override them.
 RATES: dict[str, float] = {
     "mean": 5e-2,  # of the guide, in units of a whitened core
     "scale": 2e-2,  # of the guide and of the prior, in units of their logarithm
@@ -71,8 +71,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     r"""AdamW's parameter groups of an adapter: means, scales, directions, ..., each with its rate.
 
-    The rate of a role comes from ``learning_rates``, or else from ``blora.method``, from the prior
-    of the parameter's group of layers, or from :data:`RATES`. A parameter without a declared role,
+    The rate of a role comes from ``learning_rates``, or else from ``blora.method``, the likelihood,
+    the prior of the parameter's group of layers, or :data:`RATES`. A parameter without a declared role,
     as in an AutoGuide, is a scale if it is constrained, and otherwise a mean. A head's rate is
     multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
     rates of means and directions are divided by the square of the number of scored tokens of an
@@ -142,7 +142,7 @@ def _role_and_rate(
     modules = dict(blora.named_modules())  # without the parents of what a guide calls pyro.param
     owner, part = (modules.get(".".join(parents[:depth])) for depth in (None, 2))
     prior = getattr(blora.model, part.site.group) if isinstance(part, SiteGuide) else part
-    usual = RATES | getattr(prior, "learning_rates", {})
+    usual = RATES | getattr(prior, "learning_rates", {}) | blora.likelihood.learning_rates
     chosen = {**blora.method.learning_rates, **given}
     real = is_real(constraint_of(owner, name))
     role = getattr(owner, "roles", _ROLES).get(name, "mean" if real else "scale")

@@ -63,6 +63,7 @@ class Likelihood(Options, PyroModule):
     heads: ClassVar[tuple[str, ...]] = ()
     new_head: ClassVar[bool] = False  # whether the network's heads are trained, too, by default
     roles: ClassVar[dict[str, str]] = {}
+    learning_rates: ClassVar[dict[str, float]] = {}  # by role, those that differ from the prior's
     held_out: ClassVar[float] = 0.0  # the share of the examples that ``fit`` calibrates with
     padding: ClassVar[type] = DataCollatorWithPadding  # of rows of token ids
     usual_collator: ClassVar[type[Any] | None] = None  # of rows of text
