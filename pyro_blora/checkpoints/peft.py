@@ -238,7 +238,6 @@ def from_peft(
     make: Callable[..., Any],
     net: nn.Module | str | os.PathLike[str] | None,
     folder: str | os.PathLike[str] | None,
-    *,
     prior: Any,
     guide: Any,
     likelihood: Any,

@@ -143,7 +143,7 @@ def finish(
     if not families:
         raise ConfigurationError(
             "finish must have a Laplace guide, which finds its width after training, got "
-            f"{blora.guide_family!r}, which needs no finish."
+            f"{blora.method.guide!r}, which needs no finish."
         )
     hide = None if progress is None else not progress
     with Snapshot(blora).put_back_after(Exception), running(blora, precision, training=False):

@@ -117,10 +117,10 @@ def distill(
     """Fits the temperature of the mean to the draws; see :meth:`BayesianLoRA.distill`."""
     check_count("num_samples", num_samples, 2)
     model, seen = posterior.model, 0
-    if not model.likelihood.is_categorical:
+    if not (model.likelihood.is_categorical and model.enabled):
         raise ConfigurationError(
-            f"distill must have a likelihood of classes or text, got "
-            f"{type(model.likelihood).__name__}; predict with draws."
+            "distill must have a likelihood of classes or text and an adapter that is on, got "
+            f"{type(model.likelihood).__name__}; call it outside of disable_adapter()."
         )
     excess: list[Tensor] = []
     with draws_apart(posterior.guide, model.groups[0].device):
