@@ -384,9 +384,9 @@ def compare(
         sets = {"test": (task.test, collate)}
         if others:
             sets["outside"] = (others, collate)
-        options = {"validate_every": max(1, num_steps // 3), "seed": seed, **options}
+        usual = {"validate_every": max(1, num_steps // 3), "seed": seed}
         for result in train_and_score(
-            net, task, missing, collate=collate, data=sets, likelihood=shared, **options
+            net, task, missing, collate=collate, data=sets, likelihood=shared, **usual | options
         ):
             done[result.row, seed] = _row(result, seed, task)
             if folder is not None:
