@@ -466,11 +466,9 @@ def train_and_score(
         sets = dict(data)
         if any(view.is_rescaled for view in views.values()):
             sets["validation"] = (task.validation, collate)
-        if split:
-            training = {"held_out": MultipleChoice.held_out, **training}
-        yield from scored(
-            blora, task, collate=collate, views=views, data=sets, seed=seed, **training
-        )
+        options: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
+        options |= {"collate": collate, "views": views, "data": sets, "seed": seed, **training}
+        yield from scored(blora, task, **options)
 
 
 def scored(

@@ -259,6 +259,11 @@ def test_a_method_with_a_function_is_found_again_in_another_process():
     assert comparison._settings(method()) == comparison._settings(method())
 
 
+def test_a_split_of_one_row_holds_nothing_out_for_the_next(encoder):
+    rows = compare(str(encoder), ROWS, ["split:lora", "map"], **SHORT).rows
+    assert [row.temperature_by for row in rows] == ["0.125 of training", "none"]
+
+
 def test_a_split_must_have_something_to_hold_out(encoder):
     same = {"train": ROWS[:1] * 9, "test": ROWS}
     with pytest.raises(ConfigurationError, match="split:lora must have items to hold out"):
