@@ -25,8 +25,8 @@ from pyro_blora.errors import ConfigurationError, check_count
 from pyro_blora.evaluation.metrics import doubts, error_of, fit_temperature, out_of_scope
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.evaluation.results import Row, read, write
-from pyro_blora.inference import FitResult, finish, fit
-from pyro_blora.inference.preparation import post_hoc_families
+from pyro_blora.inference import FitResult, fit
+from pyro_blora.inference.post_hoc import complete
 from pyro_blora.likelihoods import Collate, Likelihood, MultipleChoice, usual_likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.network.pretrained import choose_precision, load_for
@@ -501,7 +501,9 @@ def scored(
                 if view.state == "distilled":
                     blora.distill(task.train, collate, precision=precision)
                 elif view.state == "best" and fitted.best_state is not None:
-                    _return_to_best(blora, task, fitted, collate, precision)
+                    blora.load_state_dict(fitted.best_state)
+                    parts = hold_out(task.train, fitted.settings["held_out"])
+                    complete(blora, *parts, collate, precision=precision)
                 options: dict[str, Any] = {"linearized": view.linearized, "precision": precision}
                 options["description"] = f"{name}, seed {seed}"
                 predictions = {}
@@ -523,19 +525,6 @@ def scored(
             yield Result(name, view, *done[view], fitted, blora)
     finally:
         blora.unwrap()
-
-
-def _return_to_best(
-    blora: BayesianLoRA, task: Task, fitted: FitResult, collate: Collate, precision: str
-) -> None:
-    """Loads the best step, and then does what ``fit`` does after its last one."""
-    assert fitted.best_state is not None
-    blora.load_state_dict(fitted.best_state)
-    train, held = hold_out(task.train, fitted.settings["held_out"])
-    if post_hoc_families(blora):
-        finish(blora, train, num_held_out=len(held), collate=collate, precision=precision)
-    if held:
-        blora.calibrate(held, collate, precision=precision)
 
 
 def _row(result: Result, seed: int, task: Task) -> Row:

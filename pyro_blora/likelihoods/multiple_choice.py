@@ -36,6 +36,10 @@ class MultipleChoiceCollator(PromptCollator):
     - ``labels``, long, shape (B,).
     """
 
+    def likelihood(self, num_data: int | None) -> "MultipleChoice":
+        """The likelihood of its batches."""
+        return MultipleChoice(num_data=num_data)
+
     def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
         num_options = max(len(item.choices) for item in items)
         rows: list[list[int]] = []

@@ -57,6 +57,10 @@ class ClassificationCollator(NumberCollator):
         named.classes, named.names = tuple(classes or ()), tuple(names)
         return named
 
+    def likelihood(self, num_data: int | None) -> "SequenceClassification":
+        """The likelihood of its batches, with its names of the classes."""
+        return SequenceClassification(num_data=num_data, classes=self.classes or None)
+
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
         return super().__call__([self._row_of(r) if isinstance(r, Item) else r for r in rows])
