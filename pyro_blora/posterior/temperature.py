@@ -141,11 +141,7 @@ def distill(
             excess.append((scores - mean).cpu())
             if (seen := seen + batch.examples) >= max_examples:
                 break
-    model.mean_temperature.fill_(best_temperature(_joined(excess)))
+    most = max(part.shape[-1] for part in excess)  # choices, of which some items have fewer
+    excess = [pad(part, (0, most - part.shape[-1]), value=-torch.inf) for part in excess]
+    model.mean_temperature.fill_(best_temperature(torch.cat(excess)))
     return float(model.mean_temperature)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Logits of all batches, ``(S, n, K)``; items with fewer choices are padded."""
-    most = max(part.shape[-1] for part in parts)
-    return torch.cat([pad(z, (0, most - z.shape[-1]), value=-torch.inf) for z in parts], -2)
