@@ -87,9 +87,6 @@ class BayesianLoRA(PyroModule):
         ConfigurationError: a rank is too large or is passed along with a prior, a layer is already
             adapted, or the likelihood, a head or a key of a mapping does not match the network.
 
-    Reference:
-        Bayesian-LoRA, arXiv:2601.21003.
-
     Example::
 
         blora = BayesianLoRA(net, rank=4, likelihood=MultipleChoice(num_data=len(train)))
@@ -119,26 +116,17 @@ class BayesianLoRA(PyroModule):
     ) -> None:
         super().__init__()
         use_own_tensors(self)
-        targets = find_targets(
-            net,
-            target_modules,
-            exclude_modules=exclude_modules,
-            layers_to_transform=layers_to_transform,
-        )
+        targets = find_targets(net, target_modules, exclude_modules, layers_to_transform)
         known = get_method(method or "bayesian-lora")
         if prior is not None and rank is not None:
-            raise ConfigurationError(
-                f"rank must be None with prior=, got {rank}; pass it to the prior."
-            )
+            raise ConfigurationError(f"rank must be None with prior=, got {rank}; set the prior's.")
         if prior is None:
             prior = (known if rank is None else known.with_rank(rank)).prior
         family = known.guide if guide is None else guide
         #: The prior, the guide, how both are trained and how they predict.
         self.method = replace(known, prior=prior, guide=family)
-        #: The tokenizer that reads rows of text, or ``None``.
         self.tokenizer = tokenizer
-        if likelihood is None:
-            likelihood = usual_likelihood(net)
+        likelihood = usual_likelihood(net) if likelihood is None else likelihood
         check_kind("likelihood", likelihood, Likelihood)
         likelihood.check_network(net)
         heads = heads_to_train(net, modules_to_save, targets, likelihood.new_head)
@@ -164,11 +152,6 @@ class BayesianLoRA(PyroModule):
         return self.method.prior
 
     @property
-    def guide_family(self) -> SiteGuide | Mapping[str, SiteGuide] | GuideFactory:
-        """The guide family, the families by group, or the callable, as passed."""
-        return self.method.guide
-
-    @property
     def max_plate_nesting(self) -> int:
         """The number of dimensions of the prior's plates, for an ELBO with vectorized particles."""
         return self.model.max_plate_nesting
@@ -184,23 +167,10 @@ class BayesianLoRA(PyroModule):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def reading(
-        self,
-        data: Any,
-        collate: Collate | None = None,
-        *,
-        labeled: bool = True,
-        training: bool = True,
+        self, data: Any, collate: Collate | None = None, **options: bool
     ) -> tuple[Any, Collate | None]:
         """The examples and their collator; see :func:`pyro_blora.data.reading.reading`."""
-        return reading(
-            data,
-            collate,
-            net=self.net,
-            likelihood=self.likelihood,
-            tokenizer=self.tokenizer,
-            labeled=labeled,
-            training=training,
-        )
+        return reading(data, collate, self.net, self.likelihood, self.tokenizer, **options)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of the adapter and of the network; so does ``eval()``."""
@@ -264,8 +234,7 @@ class BayesianLoRA(PyroModule):
             their distributions.
 
         Raises:
-            ConfigurationError: the likelihood is of text (use :meth:`log_predictive`), or
-                ``samples`` are not those of the sites.
+            ConfigurationError: the likelihood is of text, or ``samples`` are not of the sites.
             BatchError: the batch is not what the likelihood takes.
         """
         if not self.likelihood.predicts:
@@ -301,18 +270,14 @@ class BayesianLoRA(PyroModule):
             \sum_i \mathrm{KL}\Bigl[\tfrac1S \textstyle\sum_s p(y \mid x_i, U_s) \,\Big\|\,
             \mathrm{softmax}\bigl(z(x_i) / T\bigr)\Bigr].
 
-        It replaces the one that :meth:`calibrate` found for the mean, in predictions, exports and
-        the saved adapter; the network under ``posterior()`` does not use it. Another ``fit`` resets
-        it to 1. For text each ``x_i`` is the text before a token.
-
-        ``data`` are inputs, such as the training set, whose labels are ignored, except that for
-        text they say which tokens are scored. ``max_examples`` of them are read: a fixed random
-        choice, or the first ones of a ``DataLoader``. ``num_samples`` is ``S``; the other arguments
-        are those of ``fit``.
+        It replaces the one that :meth:`calibrate` found for the mean, until another ``fit``; the
+        network under ``posterior()`` does not use it. For text each ``x_i`` is the text before a
+        token, and labels say which tokens are scored; others are ignored. ``max_examples`` of
+        ``data`` are read: a fixed random choice, or the first ones of a ``DataLoader``.
+        ``num_samples`` is ``S``; the other arguments are those of ``fit``.
 
         Returns:
-            The temperature, between 0.01 and 100; above 1 if the mean was more confident than the
-            draws.
+            The temperature, between 0.01 and 100; above 1 if the mean was the more confident.
 
         Raises:
             ConfigurationError: all draws are equal, as those of ``Delta()`` are.
@@ -325,10 +290,6 @@ class BayesianLoRA(PyroModule):
             blora.distill(train, collate)
             blora.predict(batch, num_samples=0).probs  # one pass
         """
-        if not self.model.enabled:
-            raise ConfigurationError(
-                "distill must have an adapter that is on; call it outside of disable_adapter()."
-            )
         data, collate = self.reading(data, collate, labeled=False, training=False)
         if not isinstance(data, DataLoader):
             chosen = random.Random(0).sample(range(len(data)), min(max_examples, len(data)))
@@ -352,12 +313,9 @@ class BayesianLoRA(PyroModule):
 
         One is for the average of draws, as ``predict`` makes it, and one for the posterior mean
         (see :func:`~pyro_blora.posterior.temperature.temperature_of_draws`). ``fit`` calls this at
-        its end with the examples that it holds out; call it yourself after your own training loop.
-        Another ``fit`` resets both to 1.
-
-        ``data`` are labeled examples, or a ``DataLoader`` of batches, that were not in the
-        training; ``num_samples`` is as in ``predict``, and the other arguments are those of
-        ``fit``.
+        its end with the examples that it holds out, and resets both to 1 at its start; call it
+        yourself after your own training loop. ``num_samples`` is as in ``predict``, and the other
+        arguments are those of ``fit``.
 
         Returns:
             The temperature of the draws; above 1 if they were over-confident.
@@ -452,9 +410,8 @@ class BayesianLoRA(PyroModule):
             return torch.cat(passes).squeeze(-1).cpu(), None
 
         options: dict[str, Any] = {"precision": "float32", "progress": False}
-        parts, _, back = over_dataset(
-            scored, collate.rows_of(texts), collate, self.device, **options
-        )
+        rows = collate.rows_of(texts)
+        parts, _, back = over_dataset(scored, rows, collate, self.device, **options)
         return torch.cat(parts, 1)[:, back]
 
     @one_at_a_time
@@ -485,11 +442,8 @@ class BayesianLoRA(PyroModule):
 
         def scored(batch: Batch) -> tuple[Tensor, Tensor]:
             batch = self.model.prepared(batch)  # once, because that synchronizes the device
-            labels = self.likelihood.labels(batch)
-            if labels is None:
-                raise BatchError("A batch must have labels to score, got none; add them.")
-            count = self.likelihood.num_scored(labels)
-            return self.log_predictive(batch, num_samples).cpu(), count
+            labels: Any = self.likelihood.labels(batch)  # without which log_predictive raises
+            return self.log_predictive(batch, num_samples).cpu(), self.likelihood.num_scored(labels)
 
         log_probs, counts, back = over_dataset(scored, data, collate, self.device, **options)
         assert counts is not None
@@ -554,11 +508,8 @@ class BayesianLoRA(PyroModule):
         Raises:
             CheckpointError: the folder holds no adapter, or an adapter of another base.
         """
-        parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
         base, place = (None, net) if folder is None else (net, folder)
-        saved = checkpoint.read_pretrained(
-            base, place, trust_remote_code=trust_remote_code, **parts
-        )
+        saved = checkpoint.read_pretrained(base, place, prior, guide, likelihood, trust_remote_code)
         blora = cls(saved.net, **saved.options, tokenizer=tokenizer, fast=fast)
         try:
             saved.load_into(blora.posterior)
@@ -611,9 +562,8 @@ class BayesianLoRA(PyroModule):
             blora = BayesianLoRA.from_peft("my_lora", likelihood=likelihood)
             fit(blora, train, collate=collate, num_steps=100)
         """
-        parts: dict[str, Any] = {"prior": prior, "guide": guide, "likelihood": likelihood}
         make = partial(cls, method=method, tokenizer=tokenizer, fast=fast)
-        blora: Self = peft.from_peft(make, net, folder, **parts)
+        blora: Self = peft.from_peft(make, net, folder, prior, guide, likelihood)
         if blora.method.held_out is None:  # the LoRA may have learned from all examples
             blora.method = replace(blora.method, held_out=0.0)
         return blora

@@ -104,47 +104,35 @@ class MatrixNormal(RealNormal):
         col_scale_tril: Tensor,
         validate_args: bool | None = None,
     ) -> None:
-        tensors = loc, row_scale_tril, col_scale_tril
-        self._unbroadcasted_loc, self._unbroadcasted_row, self._unbroadcasted_col = tensors
-        batch_shape = torch.broadcast_shapes(*(x.shape[:-2] for x in tensors))
+        self.loc, self.row_scale_tril, self.col_scale_tril = loc, row_scale_tril, col_scale_tril
+        factors = loc, row_scale_tril, col_scale_tril
+        batch_shape = torch.broadcast_shapes(*(x.shape[:-2] for x in factors))
         super().__init__(batch_shape, loc.shape[-2:], validate_args)
 
     @property
-    def loc(self) -> Tensor:
+    def mean(self) -> Tensor:
         """The mean, a view of shape ``batch_shape + (m, n)``."""
-        return self._unbroadcasted_loc.expand(self.shape())
-
-    mean = loc
-
-    @property
-    def row_scale_tril(self) -> Tensor:
-        """The rows' Cholesky factor, a view of shape ``batch_shape + (m, m)``."""
-        return self._unbroadcasted_row.expand(*self.batch_shape, -1, -1)
-
-    @property
-    def col_scale_tril(self) -> Tensor:
-        """The columns' Cholesky factor, a view of shape ``batch_shape + (n, n)``."""
-        return self._unbroadcasted_col.expand(*self.batch_shape, -1, -1)
+        return self.loc.expand(self.shape())
 
     @property
     def variance(self) -> Tensor:
         """The variance of each entry, of shape ``batch_shape + (m, n)``."""
-        row, col = (x.square().sum(-1) for x in (self._unbroadcasted_row, self._unbroadcasted_col))
+        row, col = (x.square().sum(-1) for x in (self.row_scale_tril, self.col_scale_tril))
         return (row.unsqueeze(-1) * col.unsqueeze(-2)).expand(self.shape())
 
     @property
     def covariance_matrix(self) -> Tensor:
         """The dense covariance of ``X.flatten(-2)``, of shape ``batch_shape + (mn, mn)``."""
         row, col = (L @ L.mT for L in (self.row_scale_tril, self.col_scale_tril))
-        size = self.event_shape.numel()
-        return torch.einsum("...ij,...kl->...ikjl", row, col).reshape(*row.shape[:-2], size, size)
+        dense = torch.einsum("...ij,...kl->...ikjl", row, col).flatten(-4, -3).flatten(-2)
+        return dense.expand(*self.batch_shape, -1, -1)
 
     def _error(self, noise: Tensor) -> Tensor:
-        return multiply(self._unbroadcasted_row, noise, self._unbroadcasted_col)
+        return multiply(self.row_scale_tril, noise, self.col_scale_tril)
 
     def _log_density(self, value: Tensor) -> Tensor:
         log_prob = (
-            -0.5 * mahalanobis(self, value - self._unbroadcasted_loc)
+            -0.5 * mahalanobis(self, value - self.loc)
             - half_log_det(self)
             - 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
         )
@@ -169,14 +157,14 @@ def inverse(factor: Tensor) -> Tensor:
 
 def half_log_det(d: MatrixNormal) -> Tensor:
     """``log det(L_r (x) L_c)``, at the factors' own batch shape."""
-    (m, n), row, col = d.event_shape, d._unbroadcasted_row, d._unbroadcasted_col
+    (m, n), row, col = d.event_shape, d.row_scale_tril, d.col_scale_tril
     row, col = (x.diagonal(dim1=-2, dim2=-1).log().sum(-1) for x in (row, col))
     return n * row + m * col
 
 
 def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
     """``|L_r^-1 difference L_c^-T|^2``, at the broadcast batch shape of its arguments."""
-    row, col = inverse(d._unbroadcasted_row), inverse(d._unbroadcasted_col)
+    row, col = inverse(d.row_scale_tril), inverse(d.col_scale_tril)
     return multiply(row, difference, col).square().sum((-2, -1))
 
 
@@ -324,19 +312,19 @@ def _to_normals(q: RealDistribution, p: Any) -> Tensor:
 
 
 def _between_matrix_normals(p: MatrixNormal, q: MatrixNormal) -> Tensor:
-    row = (inverse(q._unbroadcasted_row) @ p._unbroadcasted_row).square().sum((-2, -1))
-    col = (inverse(q._unbroadcasted_col) @ p._unbroadcasted_col).square().sum((-2, -1))
-    distance = mahalanobis(q, p._unbroadcasted_loc - q._unbroadcasted_loc)
+    row = (inverse(q.row_scale_tril) @ p.row_scale_tril).square().sum((-2, -1))
+    col = (inverse(q.col_scale_tril) @ p.col_scale_tril).square().sum((-2, -1))
+    distance = mahalanobis(q, p.loc - q.loc)
     kl = 0.5 * (row * col + distance - p.event_shape.numel()) + half_log_det(q) - half_log_det(p)
     return _expanded(kl, p, q)
 
 
 def _from_normals(p: Any, q: MatrixNormal) -> Tensor:
     loc, scale = _normals(p)
-    row = inverse(q._unbroadcasted_row).square().sum(-2).unsqueeze(-1)
-    col = inverse(q._unbroadcasted_col).square().sum(-2).unsqueeze(-2)
+    row = inverse(q.row_scale_tril).square().sum(-2).unsqueeze(-1)
+    col = inverse(q.col_scale_tril).square().sum(-2).unsqueeze(-2)
     terms = 0.5 * (scale.square() * row * col - 1) - scale.log()
-    kl = terms.sum((-2, -1)) + 0.5 * mahalanobis(q, loc - q._unbroadcasted_loc) + half_log_det(q)
+    kl = terms.sum((-2, -1)) + 0.5 * mahalanobis(q, loc - q.loc) + half_log_det(q)
     return _expanded(kl, p, q)
 
 

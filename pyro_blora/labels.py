@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -84,12 +84,17 @@ def checked_labels(
     return [rows[k][column] for k in range(len(rows))] if has_label else []
 
 
-def first_tags(rows: Any, labeled: bool) -> dict[Any, int]:
-    """The tags in rows, which it checks, each with the first row that has it.
+def first_rows(labels: Sequence[Any]) -> dict[str | int, int]:
+    """The different labels of rows, which may be lists of them, each with its first row."""
+    first: dict[str | int, int] = {}
+    for k, label in enumerate(labels):
+        for each in label if is_list(label) else [label]:
+            first.setdefault(name_of(each), k)
+    return first
 
-    Rows have ``tokens``, and as many ``tags``; see :func:`checked_labels`.
-    """
-    first: dict[Any, int] = {}
+
+def first_tags(rows: Any, labeled: bool) -> dict[str | int, int]:
+    """The tags in rows, which it checks: there are as many ``tags`` as ``tokens``."""
     every = checked_labels(rows, labeled, list_of(A_CLASS), "tokens", column="tags")
     for k, tags in enumerate(every):
         if len(tags) != (count := len(rows[k]["tokens"])):
@@ -97,8 +102,7 @@ def first_tags(rows: Any, labeled: bool) -> dict[Any, int]:
                 f"The column 'tags' must hold a tag for each of {count} tokens, got {len(tags)} in "
                 f"row {k}; correct it, or leave the row out."
             )
-        first |= {tag: k for tag in tags if tag not in first}
-    return first
+    return first_rows(every)
 
 
 def _unboxed(value: Any) -> Any:
@@ -140,42 +144,37 @@ def features_of(rows: Any) -> Mapping[str, Any]:
     return features if isinstance(features, Mapping) else {}
 
 
-def are_numbers(names: Sequence[str | int]) -> bool:
+def are_numbers(names: Iterable[Any]) -> bool:
     """Whether all names of classes are whole numbers, as such or as texts."""
-    return all(map(is_number, names))
-
-
-def is_number(label: Any) -> bool:
-    """Whether a row's label is a whole number, as such or as a text."""
-    label = _plain(label)
-    return isinstance(label, Integral) or (isinstance(label, str) and label.isdecimal())
+    plain = map(_plain, names)
+    return all(n.isdecimal() if isinstance(n, str) else isinstance(n, Integral) for n in plain)
 
 
 def names_of(*tables: Any) -> list[str | int]:
-    """The classes in the column ``label`` of all tables, in order: texts or whole numbers.
-
-    Those of a ``datasets.Dataset`` keep its order; otherwise they are sorted.
-    """
+    """The classes in the column ``label`` of all tables; those of a data set keep its order."""
     every = [classes_of(rows) for rows in tables]
     if every[0] and all(names and set(names) <= set(every[0]) for names in every):
         return list(every[0])
-    labels: set[Any] = set()
-    for rows, names in zip(tables, every, strict=True):
-        labels |= {name_of(rows[k], names) for k in range(len(rows))}
-    kinds = {type(label): label for label in labels}
-    if not are_numbers(list(labels)):
-        if len(kinds) > 1:
-            raise DataError(
-                f"The labels must all be texts or numbers, got {kinds[str]!r} and {kinds[int]!r}."
-            )
-        return sorted(map(str, labels))
-    # a file may have read some as texts
-    return sorted(set(map(int, labels)) if len(kinds) > 1 else labels, key=int)
+    both = [*zip(tables, every, strict=True)]
+    return in_order(name_of(t[k]["label"], names) for t, names in both for k in range(len(t)))
 
 
-def name_of(row: Mapping[str, Any], table_names: Sequence[str] = ()) -> str | int:
-    """The label as it is in the row, or the name that its number has in the row's table."""
-    label = _plain(row["label"])
+def in_order(labels: Iterable[Any]) -> list[str | int]:
+    """Different labels, sorted: all are texts, or whole numbers."""
+    names: set[Any] = {name_of(label) for label in labels}
+    kinds = {type(name): name for name in names}
+    if are_numbers(names):  # a file may have read some as texts
+        return sorted({*map(int, names)} if len(kinds) > 1 else names, key=int)
+    if len(kinds) > 1:
+        raise DataError(
+            f"The labels must all be texts or numbers, got {kinds[str]!r} and {kinds[int]!r}."
+        )
+    return sorted(names)
+
+
+def name_of(label: Any, table_names: Sequence[str] = ()) -> str | int:
+    """A row's label as it is, or the name that its number has in the row's table."""
+    label = _plain(label)
     if isinstance(label, str) or not table_names:
         return label if isinstance(label, str) else int(label)
     if not 0 <= int(label) < len(table_names):
@@ -200,7 +199,7 @@ def place_of(name: str, classes: tuple[str, ...]) -> int | None:
 
 
 def label_of(
-    row: Mapping[str, Any], classes: Sequence[str] = (), table_names: Sequence[str] = ()
+    label: Any, classes: Sequence[str] = (), table_names: Sequence[str] = (), where: str = ""
 ) -> int:
     """The place of a row's label among the classes, or its number if there are none."""
     classes = tuple(classes)
@@ -209,15 +208,15 @@ def label_of(
             f"The column 'label' must number some of the classes {list(classes)}, got "
             f"{list(table_names)}; spell them alike, or cast the column to int to number logits."
         )
-    label = name_of(row, table_names if classes or are_numbers(table_names) else ())
+    label = name_of(label, table_names if classes or are_numbers(table_names) else ())
     if any(name.lstrip("-").isdecimal() for name in classes):
         label = str(label)  # 1 is then the name "1", wherever that stands
     if isinstance(label, int) or (label.isdecimal() and not classes):
         return int(label)
     if (place := place_of(label, classes)) is None:
-        expected = f"one of the classes {list(classes)}" if classes else "a number of a logit"
+        expected = f"one of the classes {list(classes)}" if classes else "the number of a logit"
         raise DataError(
-            f"The column 'label' must have {expected}, got {label!r}; spell it as in training, or "
-            "leave the column out."
+            f"A label must be {expected}, got {label!r}{where}; spell it as in training, or leave "
+            "it out."
         )
     return place

@@ -151,7 +151,6 @@ class Saved:
 def read_pretrained(
     net: Any,
     folder: Any,
-    *,
     prior: Any = None,
     guide: Any = None,
     likelihood: Any = None,

@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,20 +238,15 @@ def from_peft(
     make: Callable[..., Any],
     net: nn.Module | str | os.PathLike[str] | None,
     folder: str | os.PathLike[str] | None,
-    *,
     prior: Any,
     guide: Any,
     likelihood: Any,
-    **options: Any,
 ) -> Any:
     """The adapter that ``make`` builds, with its posterior mean at a trained LoRA."""
     adapter = read_peft(net if folder is None else folder)  # type: ignore[arg-type]
-    base: AbstractContextManager[nn.Module]
-    if folder is None and isinstance(net, nn.Module):
-        base = _unloaded(net)
-    else:
-        base = nullcontext(net if isinstance(net, nn.Module) else adapter.load_base())
-    with base as network:
+    base = net if isinstance(net, nn.Module) else adapter.load_base()
+    is_whole = folder is None and base is net  # with the adapter
+    with _unloaded(base) if is_whole else nullcontext(base) as network:
         likelihood = _as_exported(network, adapter, likelihood)
         blora = make(
             network,
@@ -262,7 +257,6 @@ def from_peft(
             prior=prior,
             guide=guide,
             likelihood=likelihood,
-            **options,
         )
         try:
             adapter.load_into(blora.posterior)
@@ -281,8 +275,7 @@ def _as_exported(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
         saved["classes"] = saved.get("classes") or likelihood.classes or logit_names(net)
     if likelihood is None or not saved:
         return likelihood
-    again = restored(likelihood, saved)
-    again = again.bind(torch.device("cpu"))  # a copy, because the user's stays as it is
+    again = restored(likelihood, saved).bind(torch.device("cpu"))  # a copy; the user's stays
     for name in [n for n in saved if f"{n}_unconstrained" in dict(again.named_parameters())]:
         value, start = torch.tensor(saved[name]), getattr(again, name)
         if value.shape != start.shape:

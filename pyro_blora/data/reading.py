@@ -20,10 +20,10 @@ from pyro_blora.network.targets import without_peft
 def reading(
     data: Any,
     collate: Collate | None,
-    *,
     net: nn.Module,
     likelihood: Likelihood,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
     labeled: bool = True,
     training: bool = True,
 ) -> tuple[Any, Collate | None]:

@@ -144,7 +144,7 @@ def items_of(tables: Mapping[str, Any]) -> dict[str, list[Item]]:
         for k in range(len(table)):
             row = table[k]
             if texts:
-                label = names.index(str(name_of(row, table_names)))
+                label = names.index(str(name_of(row["label"], table_names)))
                 row = {"question": row["text"], "choices": names, "label": label}
             items[split].append(item_of(row, {"id": f"{split}-{k}"}))
     return items

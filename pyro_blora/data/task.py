@@ -69,15 +69,8 @@ class Task:
         That of a classifier names its classes in the order of ``collate``: for a head that somebody
         trained in another order, pass ``SequenceClassification(classes=[...])`` instead.
         """
-        from pyro_blora import likelihoods
-
-        num_data = len(self.train) or None
-        if isinstance(collate, likelihoods.ClassificationCollator):
-            classes = collate.classes or None
-            return likelihoods.SequenceClassification(num_data=num_data, classes=classes)
-        if isinstance(collate, likelihoods.LabelTokensCollator):
-            return likelihoods.LabelTokens(num_data=num_data, token_ids=collate.token_ids)
-        return likelihoods.MultipleChoice(num_data=num_data)
+        likelihood: Likelihood = collate.likelihood(len(self.train) or None)
+        return likelihood
 
     def outside(self, data: Any) -> tuple[Any, ...]:
         """Questions of which no choice is right, as items of this task with a label of no meaning.

@@ -25,8 +25,8 @@ from pyro_blora.errors import ConfigurationError, check_count
 from pyro_blora.evaluation.metrics import doubts, error_of, fit_temperature, out_of_scope
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.evaluation.results import Row, read, write
-from pyro_blora.inference import FitResult, finish, fit
-from pyro_blora.inference.preparation import post_hoc_families
+from pyro_blora.inference import FitResult, fit
+from pyro_blora.inference.post_hoc import complete
 from pyro_blora.likelihoods import Collate, Likelihood, MultipleChoice, usual_likelihood
 from pyro_blora.methods import Method, get_method
 from pyro_blora.network.pretrained import choose_precision, load_for
@@ -299,7 +299,7 @@ def compare(
     limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
     limits["max_test"] = max_test
     given = data if isinstance(data, Task) else None
-    if given and (data_dir, max_train, max_validation, max_test) != (None, None, 200, None):
+    if given and (data_dir, *limits.values()) != (None, None, 200, None):
         raise ConfigurationError(
             "A Task must come without data_dir and limits, which are for load_task, got "
             f"{limits} and data_dir={data_dir!r}."
@@ -313,9 +313,7 @@ def compare(
             f"likelihood= must have rows of data, got {whole!r}, whose items have their own; leave "
             "it out, or pass the rows themselves, such as a data set of datasets."
         )
-    tasks = {
-        seed: given or load_task(data, **source, seed=seed, **limits) for seed in map(int, seeds)
-    }
+    tasks = {n: given or load_task(data, **source, seed=n, **limits) for n in map(int, seeds)}
     task = next(iter(tasks.values()))
     split = next((each.name for each in entries.values() if each.view.holds_out), None)
     share = training.get("held_out", MultipleChoice.held_out)
@@ -340,9 +338,8 @@ def compare(
         settings["likelihood"] = repr(likelihood)
     settings["methods"] = {each.method.name: _settings(each.method) for each in entries.values()}
     settings.pop("progress", None)
-    sizes = f"{len(task.train)} training and {len(task.test)} test items"
     name = network if isinstance(network, str) else type(network[0]).__name__
-    title = f"{name} on {task.name}: {sizes}"
+    title = f"{name} on {task.name}: {len(task.train)} training and {len(task.test)} test items"
     folder = None if out is None else Path(out)
     done: dict[tuple[str, int], Row] = {}
     if folder is not None:
@@ -359,9 +356,8 @@ def compare(
         shared = likelihood or usual_likelihood(pair and pair[0], task.test[0])
         one, kind = shared.has_classes, type(shared).__name__
         for each in entries.values():
-            view = each.view
-            needs_one = view.is_rescaled or view.linearized or each.method.linearized
-            distills = view.state == "distilled" and not shared.is_categorical
+            needs_one = each.view.is_rescaled or each.view.linearized or each.method.linearized
+            distills = each.view.state == "distilled" and not shared.is_categorical
             if distills or (needs_one and not one):
                 raise ConfigurationError(
                     f"{each.name} must have {'one class of each row' if needs_one else 'classes'}, "
@@ -376,31 +372,27 @@ def compare(
         if not missing:
             continue
         if isinstance(network, str) and (pair is None or is_classifier(pair[0])):
-            # anew, for a head of this seed
-            if shared is None:
-                pair = load_for(network, len(task.test[0].choices), seed)
-            else:
-                rows = (*whole.train, *whole.validation, *whole.test)
-                names = shared.output_names(rows)  # of all, of which a seed may see a few
-                pair = load_for(network, len(names), seed, *shared.heads[:1])
-                if not logit_names(pair[0]):
-                    pair[0].config.id2label = dict(enumerate(names))
-        if shared is None:
-            collate = task.collator(pair[1], net=pair[0])
-        else:
-            collate = shared.collator(pair[1], task.test[0])
+            # anew, for a head of this seed, with the names in all rows, of which it may see a few
+            rows = (*whole.train, *whole.validation, *whole.test)
+            names = shared.output_names(rows) if shared else task.test[0].choices
+            pair = load_for(network, len(names), seed, *(shared.heads[:1] if shared else ()))
+            if shared and not logit_names(pair[0]):
+                pair[0].config.id2label = dict(enumerate(names))
+        net, words = pair
+        row = task.test[0]
+        collate = shared.collator(words, row) if shared else task.collator(words, net=net)
         sets = {"test": (task.test, collate)}
         if others:
             sets["outside"] = (others, collate)
-        options = {"validate_every": max(1, num_steps // 3), "seed": seed, **options}
+        usual = {"validate_every": max(1, num_steps // 3), "seed": seed}
         for result in train_and_score(
-            pair[0], task, missing, collate=collate, data=sets, likelihood=shared, **options
+            net, task, missing, collate=collate, data=sets, likelihood=shared, **usual | options
         ):
-            row = done[result.row, seed] = _row(result, seed, task)
+            done[result.row, seed] = _row(result, seed, task)
             if folder is not None:
                 write(list(done.values()), settings, folder)
             if callback:
-                callback(row)
+                callback(done[result.row, seed])
     comparison = Comparison([done[key] for key in keys], title)
     if folder is not None and "ece" in comparison.rows[0].metrics:
         save_figure(comparison.plot(), folder / DIAGRAM)
@@ -474,11 +466,9 @@ def train_and_score(
         sets = dict(data)
         if any(view.is_rescaled for view in views.values()):
             sets["validation"] = (task.validation, collate)
-        if split:
-            training = {"held_out": MultipleChoice.held_out, **training}
-        yield from scored(
-            blora, task, collate=collate, views=views, data=sets, seed=seed, **training
-        )
+        options: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
+        options |= {"collate": collate, "views": views, "data": sets, "seed": seed, **training}
+        yield from scored(blora, task, **options)
 
 
 def scored(
@@ -511,7 +501,9 @@ def scored(
                 if view.state == "distilled":
                     blora.distill(task.train, collate, precision=precision)
                 elif view.state == "best" and fitted.best_state is not None:
-                    _return_to_best(blora, task, fitted, collate, precision)
+                    blora.load_state_dict(fitted.best_state)
+                    parts = hold_out(task.train, fitted.settings["held_out"])
+                    complete(blora, *parts, collate, precision=precision)
                 options: dict[str, Any] = {"linearized": view.linearized, "precision": precision}
                 options["description"] = f"{name}, seed {seed}"
                 predictions = {}
@@ -533,19 +525,6 @@ def scored(
             yield Result(name, view, *done[view], fitted, blora)
     finally:
         blora.unwrap()
-
-
-def _return_to_best(
-    blora: BayesianLoRA, task: Task, fitted: FitResult, collate: Collate, precision: str
-) -> None:
-    """Loads the best step, and then does what ``fit`` does after its last one."""
-    assert fitted.best_state is not None
-    blora.load_state_dict(fitted.best_state)
-    train, held = hold_out(task.train, fitted.settings["held_out"])
-    if post_hoc_families(blora):
-        finish(blora, train, num_held_out=len(held), collate=collate, precision=precision)
-    if held:
-        blora.calibrate(held, collate, precision=precision)
 
 
 def _row(result: Result, seed: int, task: Task) -> Row:

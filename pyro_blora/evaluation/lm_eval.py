@@ -62,7 +62,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
         output_head(blora.net)
         if getattr(blora.guide, "reads_context", False):
             raise ConfigurationError(
-                f"{blora.guide_family!r} has no draws for all requests; take another guide."
+                f"{blora.method.guide!r} has no draws for all requests; take another guide."
             )
         if samples is None and num_samples:
             blora.method.check_draws()

@@ -169,7 +169,7 @@ def point_steps(
     """The steps in which point estimates learn; ``None`` for all, as if the guide is a point."""
     priors = (getattr(blora.model, group.name) for group in blora.model.groups)
     epochs = [p.point_epochs for p in priors if p.point_epochs is not None]
-    if of_an_epoch is None or not epochs or getattr(blora.guide_family, "is_point", False):
+    if of_an_epoch is None or not epochs or getattr(blora.method.guide, "is_point", False):
         return None
     bits = math.log2(sizes_of(blora, batch).classes)
     return max(_POINT_STEPS, round(bits * max(epochs) * of_an_epoch))

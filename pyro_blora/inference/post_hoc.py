@@ -143,7 +143,7 @@ def finish(
     if not families:
         raise ConfigurationError(
             "finish must have a Laplace guide, which finds its width after training, got "
-            f"{blora.guide_family!r}, which needs no finish."
+            f"{blora.method.guide!r}, which needs no finish."
         )
     hide = None if progress is None else not progress
     with Snapshot(blora).put_back_after(Exception), running(blora, precision, training=False):
@@ -155,6 +155,16 @@ def finish(
         shown = tqdm(batches, desc="finish", disable=hide, unit="batch")
         by_batch = (scores(blora, blora.model.prepared(batch)) for batch in shown)
         return Laplace.finish(families, by_batch, trained)
+
+
+def complete(
+    blora: BayesianLoRA, train: Any, held_out: Any, collate: Collate | None, **options: Any
+) -> None:
+    """What follows the last step: the width of ``Laplace``, and temperatures by ``held_out``."""
+    if post_hoc_families(blora):
+        finish(blora, train, collate=collate, num_held_out=len(held_out), **options)
+    if len(held_out):
+        blora.calibrate(held_out, collate, **options)
 
 
 def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:

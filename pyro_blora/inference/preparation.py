@@ -73,7 +73,7 @@ def post_hoc_families(blora: BayesianLoRA) -> dict[str, Laplace]:
     families = {name: f for name, f in guide.families().items() if isinstance(f, Laplace)}
     if families and not blora.likelihood.has_classes:
         raise ConfigurationError(
-            f"{blora.guide_family!r} must have a likelihood with classes, got "
+            f"{blora.method.guide!r} must have a likelihood with classes, got "
             f"{type(blora.likelihood).__name__}; pass another, or take a guide that is trained."
         )
     return families
@@ -146,7 +146,7 @@ class Snapshot:
             for name, value in self.settled.items():
                 setattr(blora.likelihood, name, value)
             if not self.started:  # an AutoGuide has parameters from its first call on
-                blora.guide = make_guide(blora.guide_family, blora.model)
+                blora.guide = make_guide(blora.method.guide, blora.model)
             blora.zero_grad()
             blora.load_state_dict(self.tensors, strict=False)  # as a user's guide may have grown
             raise

@@ -252,7 +252,7 @@ class BayesianLoRATrainer(Trainer):
         self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
     ) -> None:
         blora, likelihood = self.blora, self.blora.likelihood
-        parts: dict[str, Any] = {"prior": blora.prior, "guide": blora.guide_family}
+        parts: dict[str, Any] = {"prior": blora.prior, "guide": blora.method.guide}
         parts["likelihood"] = likelihood
         said = read_config(resume_from_checkpoint)["likelihood"].get("options") or {}
         trained, now = said.get("classes"), getattr(likelihood, "classes", None) or ()

@@ -12,13 +12,14 @@ from pyro_blora.errors import DataError
 from pyro_blora.items import QUESTION, Item, Template, item_of
 
 
-def items_in(rows: Any, labeled: bool) -> list[Item]:
-    """The items of rows; without labels they have one of no meaning."""
+def items_in(rows: Any, labeled: bool = False) -> tuple[list[Item], bool]:
+    """The items of rows, and whether they have labels; otherwise they have one of no meaning."""
+    labeled = labeled or isinstance(rows[0], Item) or "label" in rows[0]
     some: dict[str, Any] = {} if labeled else {"label": 0}
     every = [rows[k] for k in range(len(rows))]
     if not labeled and any(isinstance(row, Item) or "label" in row for row in every):
         raise DataError("All rows must have a label, or none, got none in row 0; add it.")
-    return [item_of(row, {"id": f"row {k}", **some}) for k, row in enumerate(every)]
+    return [item_of(row, {"id": f"row {k}", **some}) for k, row in enumerate(every)], labeled
 
 
 class PromptCollator:
@@ -35,15 +36,14 @@ class PromptCollator:
 
     def __call__(self, rows: Sequence[Item | dict[str, Any]]) -> dict[str, Tensor]:
         """The batch of a list of items, or of dictionaries with their fields except the id."""
-        labeled = isinstance(rows[0], Item) or "label" in rows[0]
-        batch = self._batch(items_in(rows, labeled))
+        items, labeled = items_in(rows)
+        batch = self._batch(items)
         return batch if labeled else {key: batch[key] for key in batch if key != "labels"}
 
     def check(self, rows: Any, labeled: bool) -> None:
         """Checks that all rows are items, and that all have labels or none has."""
-        first = rows[0]
-        if isinstance(first, Mapping | Item):
-            self.check_items(items_in(rows, labeled or isinstance(first, Item) or "label" in first))
+        if isinstance(rows[0], Mapping | Item):
+            self.check_items(items_in(rows, labeled)[0])
 
     def check_items(self, items: Sequence[Item]) -> Any:
         """Checks items, before a batch of any is made; by default does nothing."""

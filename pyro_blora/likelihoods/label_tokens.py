@@ -88,6 +88,10 @@ class LabelTokensCollator(PromptCollator):
             )
         self._choices: tuple[str, ...] | None = None  # those of the first item, and so of all
 
+    def likelihood(self, num_data: int | None) -> LabelTokens:
+        """The likelihood of its batches."""
+        return LabelTokens(token_ids=self.token_ids, num_data=num_data)
+
     def check_items(self, items: Sequence[Item]) -> tuple[str, ...] | None:
         """Checks that all items have the same choices, which it returns."""
         words = tuple(word.strip().casefold() for word in self.template.label_words)

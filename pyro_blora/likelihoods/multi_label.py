@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from pyro_blora.errors import DataError
-from pyro_blora.labels import Kind, checked_labels, is_list, place_of
+from pyro_blora.labels import Kind, checked_labels, first_rows, is_list, place_of
 from pyro_blora.likelihoods._likelihood import Batch, Collate
 from pyro_blora.likelihoods.sequence_classification import (
     ClassificationCollator,
@@ -95,7 +95,7 @@ class MultiLabel(SequenceClassification):
         """``classes``, or the names in the rows, sorted, or of lists of 0 and 1 placeholders."""
         labels = checked_labels(rows, True, A_SET)
         outputs = range(max(map(len, labels)))
-        return self.classes or _names_in(labels) or [f"LABEL_{k}" for k in outputs]
+        return self.classes or list(map(str, _names_in(labels))) or [f"LABEL_{k}" for k in outputs]
 
     def read(
         self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
@@ -104,7 +104,11 @@ class MultiLabel(SequenceClassification):
         if type(collate) is not MultiLabelCollator:
             return collate  # which reads the labels by itself
         labels = checked_labels(rows, labeled, A_SET, "text")
-        ours, size = self.with_classes(collate, net, _names_in(labels), training)
+        names, given = _names_in(labels), collate.classes
+        classes, size = self.outputs(
+            net, given, names, own=list(map(str, names)), training=training
+        )
+        ours = collate.named(classes)
         for k, label in enumerate(labels):
             multi_hot(label, ours.classes, size, f" in row {k}")
         return ours
@@ -138,5 +142,6 @@ class MultiLabel(SequenceClassification):
         return Metrics(nll=nll, ece=ece, f1=f1, **scores, n=len(labels))
 
 
-def _names_in(labels: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(sorted({str(n) for label in labels for n in label if isinstance(n, str)}))
+def _names_in(labels: Sequence[Any]) -> dict[str | int, int]:
+    """The names in lists of labels, sorted, each with the first row that has it."""
+    return {n: k for n, k in sorted(first_rows(labels).items(), key=str) if isinstance(n, str)}

@@ -1,7 +1,7 @@
 """Multiple choice by the log-likelihoods of the options after the question."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,59 @@ from torch.nn import functional
 
 from pyro_blora.errors import BatchError, DataError
 from pyro_blora.items import Item
-from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
+from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.packing import in_rows
 from pyro_blora.likelihoods.reading import check_causal, logits_at, true_entries
+
+
+class MultipleChoiceCollator(PromptCollator):
+    r"""Makes a row for every option of every item: the prompt, then ``" " + choice``.
+
+    The prompt is tokenized once, so the options of an item share its ids exactly. Rows are padded
+    on the right. An item with fewer than K options is filled up with rows of the prompt alone.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; it needs no pad token.
+        template: the prompt. Default: ``"Question: {q}\nAnswer:"``.
+        max_length: the longest row T. Longer rows lose the start of the question (leading special
+            tokens are kept), by the same amount for all options of an item.
+
+    Called on B items, or dictionaries with their fields (no id needed), it returns a dict with
+
+    - ``input_ids``, long, shape (B, K, T);
+    - ``attention_mask``, long, shape (B, K, T), 1 at tokens and 0 at padding;
+    - ``option_mask``, bool, shape (B, K, T), true at the tokens of the option, and false
+      throughout a row that fills up K;
+    - ``labels``, long, shape (B,).
+    """
+
+    def likelihood(self, num_data: int | None) -> "MultipleChoice":
+        """The likelihood of its batches."""
+        return MultipleChoice(num_data=num_data)
+
+    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        num_options = max(len(item.choices) for item in items)
+        rows: list[list[int]] = []
+        starts: list[int] = []  # where the option of each row begins
+        for item in items:
+            options = [self._answer(" " + choice) for choice in item.choices]
+            if not all(options):
+                raise DataError(f"item {item.id!r}: an option has no tokens: write it as text")
+            prompt = self._prompt(item, answer=max(map(len, options)))
+            fillers: list[list[int]] = [[]] * (num_options - len(options))
+            rows += [prompt + option for option in options + fillers]
+            starts += [len(prompt)] * num_options
+        input_ids, attention_mask = self._pad(rows)
+        positions = torch.arange(input_ids.shape[-1])
+        option_mask = (positions >= torch.tensor(starts)[:, None]) & attention_mask.bool()
+        shape = (len(items), num_options, -1)
+        return {
+            "input_ids": input_ids.reshape(shape),
+            "attention_mask": attention_mask.reshape(shape),
+            "option_mask": option_mask.reshape(shape),
+            "labels": torch.tensor([item.label for item in items]),
+        }
 
 
 class MultipleChoice(Likelihood):
@@ -53,6 +102,7 @@ class MultipleChoice(Likelihood):
 
     keys = ("input_ids", "attention_mask", "option_mask")
     row_dims = 3
+    usual_collator = MultipleChoiceCollator
     held_out = 1 / 8
 
     def __init__(
@@ -67,10 +117,6 @@ class MultipleChoice(Likelihood):
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""
         check_causal(net)
-
-    def collator(self, tokenizer: Any, row: Any) -> Collate:
-        """A :class:`MultipleChoiceCollator`."""
-        return MultipleChoiceCollator(tokenizer)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
@@ -123,48 +169,3 @@ class MultipleChoice(Likelihood):
                     "check the order of the options."
                 )
         return labels
-
-
-class MultipleChoiceCollator(PromptCollator):
-    r"""Makes a row for every option of every item: the prompt, then ``" " + choice``.
-
-    The prompt is tokenized once, so the options of an item share its ids exactly. Rows are padded
-    on the right. An item with fewer than K options is filled up with rows of the prompt alone.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer; it needs no pad token.
-        template: the prompt. Default: ``"Question: {q}\nAnswer:"``.
-        max_length: the longest row T. Longer rows lose the start of the question (leading special
-            tokens are kept), by the same amount for all options of an item.
-
-    Called on B items, or dictionaries with their fields (no id needed), it returns a dict with
-
-    - ``input_ids``, long, shape (B, K, T);
-    - ``attention_mask``, long, shape (B, K, T), 1 at tokens and 0 at padding;
-    - ``option_mask``, bool, shape (B, K, T), true at the tokens of the option, and false
-      throughout a row that fills up K;
-    - ``labels``, long, shape (B,).
-    """
-
-    def _batch(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        num_options = max(len(item.choices) for item in items)
-        rows: list[list[int]] = []
-        starts: list[int] = []  # where the option of each row begins
-        for item in items:
-            options = [self._answer(" " + choice) for choice in item.choices]
-            if not all(options):
-                raise DataError(f"item {item.id!r}: an option has no tokens: write it as text")
-            prompt = self._prompt(item, answer=max(map(len, options)))
-            fillers: list[list[int]] = [[]] * (num_options - len(options))
-            rows += [prompt + option for option in options + fillers]
-            starts += [len(prompt)] * num_options
-        input_ids, attention_mask = self._pad(rows)
-        positions = torch.arange(input_ids.shape[-1])
-        option_mask = (positions >= torch.tensor(starts)[:, None]) & attention_mask.bool()
-        shape = (len(items), num_options, -1)
-        return {
-            "input_ids": input_ids.reshape(shape),
-            "attention_mask": attention_mask.reshape(shape),
-            "option_mask": option_mask.reshape(shape),
-            "labels": torch.tensor([item.label for item in items]),
-        }

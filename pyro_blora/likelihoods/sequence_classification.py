@@ -4,11 +4,12 @@ import copy
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item
@@ -18,8 +19,9 @@ from pyro_blora.labels import (
     checked_labels,
     classes_of,
     features_of,
+    first_rows,
+    in_order,
     label_of,
-    names_of,
     parts_of,
     place_of,
 )
@@ -47,6 +49,17 @@ class ClassificationCollator(NumberCollator):
     ) -> None:
         super().__init__(tokenizer, max_length)
         self.classes = tuple(classes)
+        self.names: tuple[str, ...] = ()  # that numbers have in the data set
+
+    def named(self, classes: Sequence[str] | None, names: Sequence[str] = ()) -> Self:
+        """A copy with these names of the classes and of the numbers in the data set."""
+        named = copy.copy(self)  # with what a subclass has added
+        named.classes, named.names = tuple(classes or ()), tuple(names)
+        return named
+
+    def likelihood(self, num_data: int | None) -> "SequenceClassification":
+        """The likelihood of its batches, with its names of the classes."""
+        return SequenceClassification(num_data=num_data, classes=self.classes or None)
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
@@ -54,15 +67,12 @@ class ClassificationCollator(NumberCollator):
 
     def labels(self, rows: Sequence[Any]) -> Tensor:
         """The places of the rows' classes, ``(B,)``."""
-        return torch.tensor([label_of(row, self.classes) for row in rows])
+        return torch.tensor([label_of(row["label"], self.classes, self.names) for row in rows])
 
     def _row_of(self, item: Item) -> dict[str, Any]:
         choice = item.choices[item.label]
         named = self.classes or choice.isdecimal()
         return {"text": item.question, "label": choice if named else item.label}
-
-
-C = TypeVar("C", bound=ClassificationCollator)
 
 
 class SequenceClassification(Likelihood):
@@ -140,45 +150,40 @@ class SequenceClassification(Likelihood):
         logits for names and for numbers that have names in the data set. A training on rows names
         the classes, unless they have names already: as the network does, or else as the rows do.
         """
-        first, ours = rows[0], collate if isinstance(collate, ClassificationCollator) else None
-        encoded = isinstance(first, Mapping) and "input_ids" in first
-        if collate is None or not (
-            ours or (encoded and is_from(collate, "transformers.", "torch."))
-        ):
+        ours = collate if isinstance(collate, ClassificationCollator) else None
+        first: Any = rows[0]
+        row: Mapping[str, Any] = first if isinstance(first, Mapping) else {}
+        encoded, is_item = "input_ids" in row, isinstance(first, Item)
+        theirs = encoded and is_from(collate, "transformers.", "torch.")
+        if collate is None or not (ours or theirs):
             return collate  # which reads the labels by itself
-        stored = features_of(rows)
-        named = {"label", "labels"} & set(first) if isinstance(first, Mapping) else set()
-        column = "labels" if named == {"labels"} else "label"
-        names = classes_of(rows, column)
+        column = "labels" if "labels" in row and "label" not in row else "label"
+        stored, names = features_of(rows), classes_of(rows, column)
         # a transform makes labels without names, perhaps by other numbers than those of a column
-        transformed = not ours and stored and column in first and column not in stored
+        transformed = not ours and stored and column in row and column not in stored
         doubted = classes_of(rows) or classes_of(rows, "labels") if transformed else []
-        given = ours.classes if ours else ()
-        self._check_order(given, doubted, net)
-        classes = self.classes or given or self.classes
-        if not ours or type(collate) is ClassificationCollator:  # a subclass may read other columns
-            if classes == () and self.trained_head and not logit_names(net):
-                _check_places(names, [*map(str, range(len(names)))])
-            classes = self._named(classes, net, rows, names, column, labeled)
-        elif classes is None and names:
-            classes = class_names(net, names)
+        self._check_order((), doubted, net)
+        exact = theirs or type(collate) is ClassificationCollator  # others may read other columns
+        labels: list[Any] = []
+        if is_item:
+            labels = [rows[k].choices[rows[k].label] for k in range(len(rows))]
+        elif exact and not encoded:
+            labels = checked_labels(rows, labeled or column in row, A_CLASS, "text")
+        elif exact and (names or column == "label"):
+            labels = checked_labels(rows, labeled or column in row, A_CLASS, column=column)
+        given, own = ours.classes if ours else (), first.choices if is_item else ()
+        classes, _ = self.outputs(net, given, first_rows(labels), names, own, training=training)
         if training:
-            kept = names if classes == () and not _are_logits(names, net) else ()
-            self.classes, self.data_names = classes, self.data_names or tuple(doubted or kept)
-        classes = classes or ()
+            self.data_names = self.data_names or tuple(doubted)
         names = names if classes or _are_logits(names, net) else []
         if ours:
-            collate = ours = copy.copy(ours)  # with what a subclass has added
-            ours.classes = classes if isinstance(first, Item) else ()
-        texts = isinstance(first, Mapping) and isinstance(first.get(column), str)
-        if isinstance(first, Item) or not (
-            ours or texts or names or (classes and column == "label")
-        ):
+            return ours.named(classes, names)
+        if not (isinstance(row.get(column), str) or names or (classes and column == "label")):
             return collate
 
         def numbered(part: list[Any]) -> Any:
             if column in part[0]:
-                labels = [label_of({"label": row[column]}, classes, names) for row in part]
+                labels = [label_of(row[column], classes or (), names) for row in part]
                 # a second column of labels would take the place of this one
                 plain = [{n: row[n] for n in row if n not in ("label", "labels")} for row in part]
                 part = [{**row, column: k} for row, k in zip(plain, labels, strict=True)]
@@ -186,59 +191,44 @@ class SequenceClassification(Likelihood):
 
         return numbered
 
-    def _named(
-        self, classes: Any, net: nn.Module, rows: Any, names: list[str], column: str, labeled: bool
-    ) -> tuple[str, ...] | None:
-        """The names of the classes for rows, which it checks; ``None`` if none are known."""
-        if isinstance(first := rows[0], Item):
-            items = [rows[k] for k in range(len(rows))]
-            labels = [item.choices[item.label] for item in items]
-            given: list[Any] = [choice for item in items for choice in item.choices]
-            own: list[Any] = [*first.choices]
-        else:
-            texts = [] if "input_ids" in first else ["text"]
-            if not (texts or names or column == "label"):
-                return classes
-            needed, column = labeled or column in first, "label" if texts else column
-            given = labels = checked_labels(rows, needed, A_CLASS, *texts, column=column)
-            if not labels:
-                return classes
-            own = names or names_of(rows)
-        if classes == ():  # of a head that was trained on numbers, a number stays one
-            if are_numbers(given):
-                _check_places(names, logit_names(net) or self.data_names)
-            else:
-                classes = _names_of_numbers(net, given[0])
-        if classes is None:
-            classes = class_names(net, own)
-        count = len(classes) or getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
-        # now, not in the batch in which it comes
-        if (most := max(label_of({"label": label}, classes, names) for label in labels)) >= count:
-            raise DataError(
-                f"The column {column!r} must number the {count} logits from 0, got {most}; name "
-                f"the classes as texts, or load the network with num_labels={most + 1}."
-            )
-        return classes
+    def outputs(
+        self,
+        net: nn.Module,
+        given: tuple[str, ...],
+        labels: Mapping[str | int, int],
+        names: Sequence[str] = (),
+        own: Sequence[str] = (),
+        *,
+        training: bool,
+    ) -> tuple[tuple[str, ...] | None, int]:
+        """The names of the network's outputs, if they are known, and the number of outputs.
 
-    def with_classes(
-        self, collate: C, net: nn.Module, names: Sequence[str | int], training: bool
-    ) -> tuple[C, int]:
-        """A copy of a collator with the names of the outputs, and the number of outputs.
-
-        ``names`` are those in the rows; a training settles them.
+        They are those of this likelihood, or else those ``given`` by a collator, those of the
+        network, or those of the rows: their ``own``, what numbers mean there (``names``), or their
+        ``labels`` in order, each with a row to name. With numbers as classes there are none.
         """
-        collate = copy.copy(collate)  # with what a subclass has added
-        self._check_order(collate.classes, [], net)
-        classes = self.classes or collate.classes or self.classes
-        if classes is None and names:
-            classes = class_names(net, names)
+        self._check_order(given, (), net)
+        classes = self.classes or given or self.classes
+        if classes is None and (own or names or labels):
+            classes = class_names(net, own or names or in_order(labels))
+        elif classes == () and not are_numbers(labels):
+            classes = _names_of_numbers(net, next(iter(labels)))
+        elif classes == ():  # a number stays one
+            numbers = [*map(str, range(len(names)))] if self.trained_head else []
+            _check_places(names, logit_names(net) or self.data_names or numbers)
         if classes:
             class_names(net, classes)  # refuses more than there are outputs
+        count = len(classes or ()) or _num_labels(net)
+        for label, k in labels.items():  # now, not in the batch in which it comes
+            if (place := label_of(label, classes or (), names, f" in row {k}")) >= count:
+                raise DataError(
+                    f"A label must number the {count} logits from 0, got {place} in row {k}; name "
+                    f"the classes as texts, or load the network with num_labels={place + 1}."
+                )
         if training:
-            self.classes = classes
-        collate.classes = classes or ()
-        count = getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
-        return collate, len(collate.classes) or count
+            kept = names if classes == () and not _are_logits(names, net) else ()
+            self.classes, self.data_names = classes, self.data_names or tuple(kept)
+        return classes, count
 
     def check_loader(
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
@@ -252,15 +242,16 @@ class SequenceClassification(Likelihood):
         first = rows[0] if isinstance(rows, list | tuple) and rows else None
         if isinstance(first, Item) and not given:
             names = list(first.choices)
-        as_they_are = collate is None or is_from(collate, "transformers.", "torch.")
-        as_they_are |= bool(ours and not getattr(ours, "names", ()))  # by which it reads tags
-        self._check_order(given, names if as_they_are else [], net)
+        if not (collate is None or is_from(collate, "transformers.", "torch.")):
+            names = names if ours and not ours.names else []  # by which it reads labels
+        self._check_order(given, names, net)
         if training and given:
             self.classes = self.classes or given
-        elif training and self.classes is None and as_they_are and not logit_names(net):
-            self.classes = None if _are_logits(names, net) else tuple(names)
-        elif training and self.classes == () and as_they_are and not _are_logits(names, net):
-            self.data_names = self.data_names or tuple(names)
+        elif training and not _are_logits(names, net):
+            if self.classes is None and not logit_names(net):
+                self.classes = tuple(names)
+            elif self.classes == ():
+                self.data_names = self.data_names or tuple(names)
 
     def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""
@@ -269,14 +260,10 @@ class SequenceClassification(Likelihood):
             given = ()
         if not self.classes and None in [place_of(name, known) for name in given]:
             known = tuple(given) if self.classes is None else _names_of_numbers(net, given[0])
-        numbers = not self.classes and _are_logits(names, net) and not {*names} <= {*known}
-        logits = tuple(map(str, range(len(names)))) if numbers else known
-        if known:
-            _check_places(given, known, unknown=True)
-        if logits:
-            _check_places(names, logits, unknown=True)
-        if not known:
-            _check_places(names, logit_names(net) or self.data_names)
+        _check_places(given, known, unknown=True)
+        if not self.classes and _are_logits(names, net) and not {*names} <= {*known}:
+            known = tuple(map(str, range(len(names))))
+        _check_places(names, known or logit_names(net) or self.data_names, unknown=bool(known))
 
 
 def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
@@ -301,10 +288,13 @@ def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:
     )
 
 
+def _num_labels(net: nn.Module) -> int:
+    return getattr(getattr(net, "config", None), "num_labels", sys.maxsize)
+
+
 def _are_logits(names: Sequence[str | int], net: nn.Module) -> bool:
     """Whether the names of classes are numbers of logits."""
-    count = getattr(getattr(net, "config", None), "num_labels", None)
-    return are_numbers(names) and (count is None or max(map(int, names), default=0) < count)
+    return are_numbers(names) and max(map(int, names), default=0) < _num_labels(net)
 
 
 def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:

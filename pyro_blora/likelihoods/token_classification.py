@@ -1,6 +1,6 @@
 """Classification of words by a head with a tag for each token."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,8 +10,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForTokenClassification
 
-from pyro_blora.errors import DataError
-from pyro_blora.labels import classes_of, first_tags, label_of, names_of
+from pyro_blora.labels import classes_of, first_tags, in_order, label_of
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Prepared
 from pyro_blora.likelihoods._token_labels import TokenLabels
 from pyro_blora.likelihoods.reading import compact, head_logits
@@ -33,8 +32,6 @@ class TagCollator(ClassificationCollator):
     words. A word of which the tokenizer makes nothing becomes its unknown token.
     """
 
-    names: Sequence[str] = ()  # that numbers have in the data set
-
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The batch of a list of rows."""
         options = {"padding": True, "truncation": True, "max_length": self.max_length}
@@ -47,7 +44,7 @@ class TagCollator(ClassificationCollator):
         batch = {**encoded, "word_mask": first}
         if "tags" in rows[0]:
             known = self.classes, self.names
-            every = [[label_of({"label": t}, *known) for t in row["tags"]] for row in rows]
+            every = [[label_of(t, *known) for t in row["tags"]] for row in rows]
             tags = pad_sequence([*map(torch.tensor, every)], batch_first=True)
             batch["labels"] = tags.gather(1, owner.clamp_min(0)).masked_fill(~first, -100)
         return batch
@@ -86,7 +83,7 @@ class TokenClassification(TokenLabels, SequenceClassification):
 
     def output_names(self, rows: Any) -> Sequence[str]:
         """``classes``, or the tags in the rows, sorted."""
-        names = self.classes or _names(first_tags(rows, True))
+        names = self.classes or in_order(first_tags(rows, True))
         return [*map(str, names if isinstance(names[0], str) else range(int(names[-1]) + 1))]
 
     def read(
@@ -97,19 +94,8 @@ class TokenClassification(TokenLabels, SequenceClassification):
             self.check_loader(rows, collate, net, training=training)
             return collate
         tags, names = first_tags(rows, labeled), classes_of(rows, "tags")
-        ours, count = self.with_classes(collate, net, names or _names(tags), training)
-        ours.names = names
-        for tag, k in tags.items():
-            place = count
-            with suppress(DataError):
-                place = label_of({"label": tag}, ours.classes, names)
-            if place >= count:
-                known = [*ours.classes] or f"numbers of {count} outputs"
-                raise DataError(
-                    f"The column 'tags' must hold some of {known}, got {tag!r} in row {k}; spell "
-                    "it as in training, or name all tags by TokenClassification(classes=)."
-                )
-        return ours
+        classes, _ = self.outputs(net, collate.classes, tags, names, training=training)
+        return collate.named(classes, names)
 
     def prepare(self, batch: Batch) -> Prepared:
         """The batch, checked, with its words, whose count synchronizes the device."""
@@ -155,7 +141,3 @@ class TokenClassification(TokenLabels, SequenceClassification):
         usual = batch["attention_mask"] if labels is None else labels != -100
         words: Tensor = batch.get("word_mask", usual).bool()
         return words, max(int(words.sum(-1).max()), 1)
-
-
-def _names(tags: Iterable[Any]) -> list[str | int]:
-    return names_of([{"label": tag} for tag in tags])

@@ -153,7 +153,6 @@ def logit_names(net: nn.Module) -> tuple[str, ...]:
 def find_targets(
     net: nn.Module,
     target_modules: str | Sequence[str] | None = None,
-    *,
     exclude_modules: str | Sequence[str] = (),
     layers_to_transform: int | Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:

@@ -117,10 +117,10 @@ def distill(
     """Fits the temperature of the mean to the draws; see :meth:`BayesianLoRA.distill`."""
     check_count("num_samples", num_samples, 2)
     model, seen = posterior.model, 0
-    if not model.likelihood.is_categorical:
+    if not (model.likelihood.is_categorical and model.enabled):
         raise ConfigurationError(
-            f"distill must have a likelihood of classes or text, got "
-            f"{type(model.likelihood).__name__}; predict with draws."
+            "distill must have a likelihood of classes or text and an adapter that is on, got "
+            f"{type(model.likelihood).__name__}; call it outside of disable_adapter()."
         )
     excess: list[Tensor] = []
     with draws_apart(posterior.guide, model.groups[0].device):
@@ -141,11 +141,7 @@ def distill(
             excess.append((scores - mean).cpu())
             if (seen := seen + batch.examples) >= max_examples:
                 break
-    model.mean_temperature.fill_(best_temperature(_joined(excess)))
+    most = max(part.shape[-1] for part in excess)  # choices, of which some items have fewer
+    excess = [pad(part, (0, most - part.shape[-1]), value=-torch.inf) for part in excess]
+    model.mean_temperature.fill_(best_temperature(torch.cat(excess)))
     return float(model.mean_temperature)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Logits of all batches, ``(S, n, K)``; items with fewer choices are padded."""
-    most = max(part.shape[-1] for part in parts)
-    return torch.cat([pad(z, (0, most - z.shape[-1]), value=-torch.inf) for z in parts], -2)

@@ -175,7 +175,7 @@ def test_labels_are_checked_before_the_first_step(small, forms, collators):
         with pytest.raises(DataError, match="in row 0"):
             labels_of(blora, wrong)
     with pytest.raises(DataError, match=r"number the classes \['pos', 'neg'\], got -1"):
-        label_of({"label": -1}, classes=NEG_POS, table_names=POS_NEG)
+        label_of(-1, classes=NEG_POS, table_names=POS_NEG)
 
 
 def test_a_collator_of_another_class_stays_what_it_is(small, forms):

@@ -89,16 +89,17 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
     parts = {"own": [MINE, Method("point", Subspace(rank=2), Delta())], "batch_size": 6}
     seen, task = [], load_task(ROWS, max_validation=9)
 
-    def run(names=names, num_steps=4, **options):
+    def run(names=names, num_steps=4, seeds=(0, 1), **options):
         options |= {"max_validation": 9, "target_modules": ["query"], "progress": False, **parts}
-        options |= {"seeds": (0, 1), "num_samples": 3, "num_steps": num_steps}
+        options |= {"seeds": seeds, "num_samples": 3, "num_steps": num_steps}
         return compare(str(encoder), ROWS, names, **options)
 
     table = run(out=tmp_path, callback=seen.append)
     assert [(r.method, r.seed) for r in table.rows] == [(n, s) for n in names for s in (0, 1)]
     assert sorted(map(id, seen)) == sorted(map(id, table.rows))
     assert {(r.n_train, r.n_test) for r in table.rows} == {(len(task.train), len(task.test))}
-    for one, other in zip(run(["mine"]).rows, table.by_method()["mine"], strict=True):
+    alone = [run(["mine"], seeds=[seed]).rows[0] for seed in (0, 1)]
+    for one, other in zip(alone, table.by_method()["mine"], strict=True):
         torch.testing.assert_close(one.probs, other.probs, atol=0, rtol=0)
     assert [r.passes for r in table.rows[::2]] == [1, 1, 3, 3, 1, 1]
     by = [row.temperature_by for row in table.rows[::2]]
@@ -256,6 +257,11 @@ def test_a_method_with_a_function_is_found_again_in_another_process():
         return Method("mine", KroneckerInducing(core=core), MatrixNormal())
 
     assert comparison._settings(method()) == comparison._settings(method())
+
+
+def test_a_split_of_one_row_holds_nothing_out_for_the_next(encoder):
+    rows = compare(str(encoder), ROWS, ["split:lora", "map"], **SHORT).rows
+    assert [row.temperature_by for row in rows] == ["0.125 of training", "none"]
 
 
 def test_a_split_must_have_something_to_hold_out(encoder):
