@@ -84,7 +84,7 @@ def fit(
             ``prompt`` and ``completion``, for ``CausalLM``. Without a tokenizer, torch's default.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
             ``"likelihood"`` and ``"head"``, the last in units of a logit; a single number is the
-            rate of the means. Other roles take the rate of the method, of the prior, or of
+            rate of the means. Other roles take the rate of the method, the likelihood, the prior, or
             :data:`~pyro_blora.inference.RATES`, in this order; see
             :func:`~pyro_blora.inference.parameter_groups` for what the first batch says of them.
         num_particles: posterior draws per batch, each of which sees its share of the examples; if

@@ -18,7 +18,7 @@ from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import TrainedHeads, in_mode
 from pyro_blora.posterior.store import constraint_of
 
-#: The usual rates; a prior, a likelihood (``learning_rates``), a method or a call may override them.
+#: The usual rates, which a prior, a likelihood, a method or a call of ``fit`` may override.
 RATES: dict[str, float] = {
     "mean": 5e-2,  # of the guide, in units of a whitened core
     "scale": 2e-2,  # of the guide and of the prior, in units of their logarithm
@@ -72,9 +72,9 @@ def parameter_groups(
     r"""AdamW's parameter groups of an adapter: means, scales, directions, ..., each with its rate.
 
     The rate of a role comes from ``learning_rates``, or else from ``blora.method``, the likelihood,
-    the prior of the parameter's group of layers, or :data:`RATES`. A parameter without a declared role,
-    as in an AutoGuide, is a scale if it is constrained, and otherwise a mean. A head's rate is
-    multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
+    the prior of the parameter's group of layers, or :data:`RATES`. A parameter without a declared
+    role, as in an AutoGuide, is a scale if it is constrained, and otherwise a mean. A head's rate
+    is multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
     rates of means and directions are divided by the square of the number of scored tokens of an
     example, or by 8 if that is less, unless a head is new. ``batch`` shows them; without one an
     example has one label of two classes, and the input of a head entries of about one.

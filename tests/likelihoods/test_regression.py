@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, compare, fit
 from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import Likelihood, NumberCollator, Regression
 from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.prediction import Prediction
@@ -43,6 +44,13 @@ def test_rows_are_learned_in_their_unit(trained):
     torch.testing.assert_close(prediction.noise_stddev, noise.expand(len(ROWS)))
     scores = trained.evaluate(ROWS, num_samples=8, precision="float32")
     assert 0 < scores.rmse < float(labels.std())
+
+
+def test_widths_open_at_the_rate_of_the_likelihood_unless_a_call_says_another():
+    blora = kinds.adapter("numbers")
+    for given, rate in (None, Regression.learning_rates["scale"]), ({"scale": 0.3}, 0.3):
+        groups = parameter_groups(blora, given)
+        assert [group["lr"] for group in groups if group["name"] == "scale"] == [rate]
 
 
 def test_the_log_density_is_in_the_unit_of_the_labels(trained):
