@@ -84,9 +84,8 @@ def fit(
             ``prompt`` and ``completion``, for ``CausalLM``. Without a tokenizer, torch's default.
         learning_rates: rates by role: ``"mean"``, ``"scale"``, ``"direction"``,
             ``"likelihood"`` and ``"head"``, the last in units of a logit; a single number is the
-            rate of the means. Other roles take the rate of the method, the likelihood, the prior, or
-            :data:`~pyro_blora.inference.RATES`, in this order; see
-            :func:`~pyro_blora.inference.parameter_groups` for what the first batch says of them.
+            rate of the means. :func:`~pyro_blora.inference.parameter_groups` says where others come
+            from, and what the first batch changes in them.
         num_particles: posterior draws per batch, each of which sees its share of the examples; if
             it does not divide a batch, the largest divisor below it. Default: one per example.
         elbo: the class of the ELBO, which must average over particles, because each sees its own
