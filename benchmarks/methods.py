@@ -5,9 +5,9 @@
 
 ``methods.yaml`` lists networks, tasks and methods. A method's rate and further settings are chosen
 for each task by the NLL of validation items under the first seed: five rates, and more while the
-best one lies at an end; then each further setting at the best rate; then, by three rates around
-it, whether an eighth of the training items is better spent on a temperature. The default has no
-trial. Test items are scored once. Two runs at once need different ``--only``.
+best one lies at an end; then each further setting at the best rate; then whether an eighth of the
+training items is better spent on a temperature. The default has no trial. Test items are scored
+once. Two runs at once need different ``--only``.
 """
 
 import base64
@@ -184,10 +184,10 @@ class Benchmark:
             (cell,) = self.cells_of(network, task, name, setting, seed, "validation")
             return math.inf if math.isnan(cell["nll"]) else cell["nll"]
 
-        def search(rate: float, count: int, others: Settings) -> Settings:
-            """The best of so many rates around one, and of more while it lies at an end."""
-            low = LADDER.index(rate) - count // 2
-            high = low + count - 1
+        def search(others: Settings) -> Settings:
+            """The best of five rates, and of more while it lies at an end."""
+            middle = LADDER.index(spec["rate"])
+            low, high = middle - 2, middle + 2
             while True:
                 tried = [{"rate": LADDER[k], **others} for k in range(low, high + 1)]
                 best = tried.index(min(tried, key=nll))
@@ -195,13 +195,10 @@ class Benchmark:
                     return tried[best]
                 low, high = low - (best == 0), high + (best > 0)
 
-        splits = [spec["split"]] if "split" in spec else [True, False]
-        best = search(spec["rate"], 5, {"split": splits[0]})
-        best = min([best, *({**best, **trial} for trial in spec.get("trials", []))], key=nll)
-        for split in splits[1:]:
-            others = {k: v for k, v in best.items() if k not in ("rate", "split")}
-            best = min(best, search(best["rate"], 3, {**others, "split": split}), key=nll)
-        return best
+        best = search({"split": spec.get("split", True)})
+        others = [{**best, **trial} for trial in spec.get("trials", [])]
+        best = min([best, *others], key=nll)
+        return best if "split" in spec else min(best, {**best, "split": False}, key=nll)
 
     def run(self, only: Collection[str]) -> None:
         """Runs what is missing of the networks, tasks and methods in ``only``, or of all."""

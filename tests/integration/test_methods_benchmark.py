@@ -68,9 +68,9 @@ def test_a_run_goes_on_where_it_was_killed_and_is_reported(tmp_path, monkeypatch
     assert (out / "figures" / "sure.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("best", "trials"), [(1e-3, 5 + 1 + 3), (2e-2, 9 + 1 + 3)])
+@pytest.mark.parametrize(("best", "trials"), [(1e-3, 5 + 1 + 1), (2e-2, 9 + 1 + 1)])
 def test_the_search_goes_on_until_the_best_rate_lies_between_others(best, trials, monkeypatch):
-    """The trials are five rates or more, a further setting, and three rates without a split."""
+    """The trials are five rates or more, a further setting, and the best without a split."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     from methods import Benchmark
 
