@@ -75,10 +75,16 @@ def setting(cell: Cell) -> str:
 def table(cells: Collection[Cell], network: str, task: str, rows: Rows) -> Iterator[str]:
     """A row for each method."""
     key = {"network": network, "task": task, "items": "validation"}
-    tried = [cell["method"] for cell in cells if {**cell, **key} == cell]
+    tried = {(c["method"], json.dumps(c["setting"])) for c in cells if {**c, **key} == c}
     lines = []
     for method, runs in rows.items():
-        line = [method, setting(runs[0]), tried.count(method), len(runs), *means(runs, COLUMNS)]
+        line = [
+            method,
+            setting(runs[0]),
+            sum(name == method for name, _ in tried),
+            len(runs),
+            *means(runs, COLUMNS),
+        ]
         line += [f"{sum(r['sure_wrong'] for r in runs)} of {sum(r['sure'] for r in runs)}"]
         away = [{"auroc": r["auroc"]["entropy"]} for r in runs if r["auroc"]]
         line += means(away, {"auroc": ("AUROC", 100, 1)}) if away else [""]

@@ -22,6 +22,8 @@ from pyro_blora.labels import (
     first_rows,
     in_order,
     label_of,
+    names_of,
+    outputs_of,
     parts_of,
     place_of,
 )
@@ -131,6 +133,10 @@ class SequenceClassification(Likelihood):
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The network's logits, ``(B, C)``."""
         return head_logits(net, batch)
+
+    def output_names(self, rows: Any) -> Sequence[str]:
+        """``classes``, or those of the rows in order."""
+        return self.classes or outputs_of(names_of(rows))
 
     def keep_head(self, net: nn.Module) -> None:
         """The classes are those that the network names, or else numbers; their order is fixed."""

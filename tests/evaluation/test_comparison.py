@@ -17,7 +17,7 @@ from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.evaluation import comparison
 from pyro_blora.evaluation.results import Row
 from pyro_blora.guides import Delta, MatrixNormal, MeanField
-from pyro_blora.likelihoods import Ordinal
+from pyro_blora.likelihoods import Ordinal, SequenceClassification
 from pyro_blora.methods import Method
 from pyro_blora.models import KroneckerInducing, Subspace
 from pyro_blora.scores import evaluate, item_scores
@@ -120,6 +120,14 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
         assert means == item_scores(one.probs, one.labels).mean(1).tolist()
     with pytest.raises(ConfigurationError, match="another num_steps"):
         run(out=tmp_path, num_steps=5)
+
+
+def test_a_head_has_the_classes_of_the_rows_if_their_likelihood_is_passed(encoder):
+    classes = SequenceClassification()
+    (row,) = compare(str(encoder), ROWS, ["lora"], likelihood=classes, **SHORT).rows
+    held = load_task(ROWS, as_rows=True).test
+    assert row.labels.tolist() == [sorted(WORDS).index(each["label"]) for each in held]
+    assert row.probs.shape == (len(held), len(WORDS))
 
 
 def test_questions_out_of_scope_have_a_column_and_a_row_that_learned_nothing_a_mark(encoder):
