@@ -172,11 +172,6 @@ def in_order(labels: Iterable[Any]) -> list[str | int]:
     return sorted(names)
 
 
-def outputs_of(names: Sequence[str | int]) -> list[str]:
-    """The names of the outputs for classes: their own, or numbers up to the largest."""
-    return [*map(str, names if isinstance(names[0], str) else range(int(names[-1]) + 1))]
-
-
 def name_of(label: Any, table_names: Sequence[str] = ()) -> str | int:
     """A row's label as it is, or the name that its number has in the row's table."""
     label = _plain(label)

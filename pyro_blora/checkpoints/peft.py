@@ -258,6 +258,8 @@ def from_peft(
             guide=guide,
             likelihood=likelihood,
         )
+        for temperature in (blora.model.temperature, blora.model.mean_temperature):
+            temperature.fill_(adapter.numbers.get("temperature", 1.0))  # that no head applies
         try:
             adapter.load_into(blora.posterior)
         except ConfigurationError:

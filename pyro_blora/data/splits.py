@@ -47,7 +47,8 @@ def _content(row: Any) -> tuple[str, str] | None:
         ids = _listed(read["input_ids"])
         text = str([*map(_listed, ids)])
     elif {"text", "prompt", "tokens"} & set(read):
-        text = "\n".join(_plain(read[name]) for name in _TEXTS if name in read)
+        texts = [_listed(read.get(name)) for name in _TEXTS]  # where None and a NaN are no texts
+        text = "\n".join(_plain(each) for each in texts if isinstance(each, str | list | tuple))
     else:
         values = [*row] if isinstance(row, tuple | list) else []
         values += [value for name, value in read.items() if name not in _LABELS]

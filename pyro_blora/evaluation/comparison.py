@@ -296,6 +296,8 @@ def compare(
         raise ConfigurationError(
             f"Labels beside training must be counted, got {min(reads)}=; ask for a row best:METHOD."
         )
+    if "seed" in training:
+        raise ConfigurationError(f"Seeds must be passed as seeds=, got seed={training['seed']!r}.")
     limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
     limits["max_test"] = max_test
     given = data if isinstance(data, Task) else None

@@ -78,8 +78,9 @@ class Objective:
             )
         self.elbo, self.num_particles, self.kl_weight = elbo, num_particles, kl_weight
         self._blora, self._mean_field = blora, mean_field  # its guide may be replaced by the user
-        # the number of classes of an adapter that starts at a LoRA, and the first steps' NLLs
-        self._classes, self._first = 0, list[float]()
+        likelihood = blora.likelihood
+        self._has_old_head = likelihood.new_head and bool(likelihood.trained_head)
+        self._classes, self._first = 0, list[float]()  # of an old head; the first steps' NLLs
 
     @property
     def _num_data(self) -> int:
@@ -131,7 +132,7 @@ class Objective:
             logits = site["fn"].logits.detach()
             right = logits.argmax(-1) == site["value"]
             figures |= {"acc": right.float().mean(), "conf": logits.softmax(-1).amax(-1).mean()}
-            if likelihood.new_head and likelihood.trained_head:
+            if self._has_old_head:
                 self._classes = int(logits.shape[-1])
         return loss, figures
 

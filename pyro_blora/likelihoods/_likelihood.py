@@ -71,11 +71,12 @@ class Likelihood(Options, PyroModule):
     task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
     labels_are_inputs: ClassVar[bool] = False  # whether they are tokens of the input, as of text
-    trained_head: bool = False  # whether the head is that of a LoRA, trained before
+    trained_head: Tensor  # whether the head is that of a LoRA, trained before; saved with the rest
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
         self.shortcuts = Shortcuts()
+        self.register_buffer("trained_head", torch.tensor(False))
         if num_data is not None:
             check_count("num_data", num_data)
 
@@ -150,7 +151,7 @@ class Likelihood(Options, PyroModule):
 
     def keep_head(self, net: nn.Module) -> None:
         """Says that the network's head was trained before and stays as it is."""
-        self.trained_head = True
+        self.trained_head.fill_(True)
 
     def settle_classes(self) -> None:
         """Fixes the classes when a training begins; by default does nothing."""
@@ -185,7 +186,8 @@ class Likelihood(Options, PyroModule):
         """The prediction from the logits under each draw, ``(S, B, ...)``."""
         if self.is_categorical:
             return Prediction(logits.softmax(-1))
-        return Prediction(logits, partial(self.distribution, labels=None))
+        now = copy.copy(self)  # with the unit of the labels, which a training may change
+        return Prediction(logits, partial(now.distribution, labels=None))
 
     def tempered(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """The logits at a temperature, which :meth:`BayesianLoRA.calibrate` fits to labels.

@@ -144,4 +144,5 @@ class MultiLabel(SequenceClassification):
 
 def _names_in(labels: Sequence[Any]) -> dict[str | int, int]:
     """The names in lists of labels, sorted, each with the first row that has it."""
-    return {n: k for n, k in sorted(first_rows(labels).items(), key=str) if isinstance(n, str)}
+    first = first_rows(labels)
+    return {name: first[name] for name in sorted(n for n in first if isinstance(n, str))}

@@ -23,7 +23,6 @@ from pyro_blora.labels import (
     in_order,
     label_of,
     names_of,
-    outputs_of,
     parts_of,
     place_of,
 )
@@ -51,12 +50,12 @@ class ClassificationCollator(NumberCollator):
     ) -> None:
         super().__init__(tokenizer, max_length)
         self.classes = tuple(classes)
-        self.names: tuple[str, ...] = ()  # that numbers have in the data set
+        self.data_names: tuple[str, ...] = ()  # that numbers have in the data set
 
     def named(self, classes: Sequence[str] | None, names: Sequence[str] = ()) -> Self:
         """A copy with these names of the classes and of the numbers in the data set."""
         named = copy.copy(self)  # with what a subclass has added
-        named.classes, named.names = tuple(classes or ()), tuple(names)
+        named.classes, named.data_names = tuple(classes or ()), tuple(names)
         return named
 
     def likelihood(self, num_data: int | None) -> "SequenceClassification":
@@ -69,7 +68,7 @@ class ClassificationCollator(NumberCollator):
 
     def labels(self, rows: Sequence[Any]) -> Tensor:
         """The places of the rows' classes, ``(B,)``."""
-        return torch.tensor([label_of(row["label"], self.classes, self.names) for row in rows])
+        return torch.tensor([label_of(row["label"], self.classes, self.data_names) for row in rows])
 
     def _row_of(self, item: Item) -> dict[str, Any]:
         choice = item.choices[item.label]
@@ -136,7 +135,7 @@ class SequenceClassification(Likelihood):
 
     def output_names(self, rows: Any) -> Sequence[str]:
         """``classes``, or those of the rows in order."""
-        return self.classes or outputs_of(names_of(rows))
+        return self.classes or [*map(str, names_of(rows))]
 
     def keep_head(self, net: nn.Module) -> None:
         """The classes are those that the network names, or else numbers; their order is fixed."""
@@ -249,7 +248,7 @@ class SequenceClassification(Likelihood):
         if isinstance(first, Item) and not given:
             names = list(first.choices)
         if not (collate is None or is_from(collate, "transformers.", "torch.")):
-            names = names if ours and not ours.names else []  # by which it reads labels
+            names = names if ours and not ours.data_names else []  # by which it reads labels
         self._check_order(given, names, net)
         if training and given:
             self.classes = self.classes or given

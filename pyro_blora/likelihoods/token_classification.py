@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForTokenClassification
 
-from pyro_blora.labels import classes_of, first_tags, in_order, label_of, outputs_of
+from pyro_blora.labels import classes_of, first_tags, in_order, label_of
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Prepared
 from pyro_blora.likelihoods._token_labels import TokenLabels
 from pyro_blora.likelihoods.reading import compact, head_logits
@@ -43,7 +43,7 @@ class TagCollator(ClassificationCollator):
         first = (owner >= 0) & (owner != pad(owner, (1, -1), value=-1))
         batch = {**encoded, "word_mask": first}
         if "tags" in rows[0]:
-            known = self.classes, self.names
+            known = self.classes, self.data_names
             every = [[label_of(t, *known) for t in row["tags"]] for row in rows]
             tags = pad_sequence([*map(torch.tensor, every)], batch_first=True)
             batch["labels"] = tags.gather(1, owner.clamp_min(0)).masked_fill(~first, -100)
@@ -83,7 +83,8 @@ class TokenClassification(TokenLabels, SequenceClassification):
 
     def output_names(self, rows: Any) -> Sequence[str]:
         """``classes``, or the tags in the rows, sorted."""
-        return self.classes or outputs_of(in_order(first_tags(rows, True)))
+        names = self.classes or in_order(first_tags(rows, True))
+        return [*map(str, names if isinstance(names[0], str) else range(int(names[-1]) + 1))]
 
     def read(
         self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool

@@ -180,7 +180,7 @@ class BayesianLoRAModel(PyroModule):
             raise ConfigurationError(
                 f"start must have (B, A) for each layer, got none for {', '.join(missing[:4])}."
             )
-        self.likelihood.trained_head = True
+        self.likelihood.trained_head.fill_(True)
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
             rank = max(len(A) for _, A in pairs)

@@ -4,6 +4,7 @@ import math
 from itertools import permutations
 
 import datasets
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -145,6 +146,14 @@ CONSTANTS = [
     lambda k: {"image": object(), "source": "web", "label": k % 2},
     lambda k: (("no", "yes")[k % 2], object()),
 ]
+
+
+def test_a_second_text_that_is_missing_is_so_in_every_container():
+    rows = [{"text": f"film {k}", "text_pair": "x" if k % 2 else None} for k in range(80)]
+    frame = pd.DataFrame(rows).to_dict("records")  # of NaNs
+    bare = [{n: v for n, v in row.items() if v is not None} for row in rows]
+    held = [[row["text"] for row in hold_out(each, 1 / 8)[1]] for each in (rows, frame, bare)]
+    assert held[0] == held[1] == held[2]
 
 
 @pytest.mark.parametrize("kind", OTHERS)

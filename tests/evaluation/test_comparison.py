@@ -125,6 +125,8 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
 def test_a_head_has_the_classes_of_the_rows_if_their_likelihood_is_passed(encoder):
     classes = SequenceClassification()
     (row,) = compare(str(encoder), ROWS, ["lora"], likelihood=classes, **SHORT).rows
+    with pytest.raises(ConfigurationError, match="must be passed as seeds=, got seed=7"):
+        compare(str(encoder), ROWS, ["lora"], seed=7, **SHORT)
     held = load_task(ROWS, as_rows=True).test
     assert row.labels.tolist() == [sorted(WORDS).index(each["label"]) for each in held]
     assert row.probs.shape == (len(held), len(WORDS))

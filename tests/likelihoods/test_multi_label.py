@@ -75,6 +75,14 @@ def test_token_ids_go_through_a_collator_of_transformers(column, tmp_path):
     assert blora.predict_dataset(rows, **QUIET)[1].tolist() == [row["label"] for row in HOT]
 
 
+def test_names_are_sorted_as_python_sorts_them():
+    names = {"warm": "food", "cold": "food quality", "wet": "R&B"}
+    rows = [{**row, "label": [names[n] for n in row["label"]]} for row in ROWS]
+    blora = adapter("labels")
+    fit(blora, rows, **STEP)
+    assert blora.likelihood.classes == tuple(sorted(names.values()))
+
+
 def test_names_have_the_order_of_the_outputs():
     mine = MultiLabelCollator(TOKENIZER, ("wet", "warm", "cold"))
     of_net = adapter("labels", net=NETS["labels"](id2label=dict(enumerate(NAMES))))

@@ -44,7 +44,7 @@ def output(net):
 
 
 def test_the_numbers_of_an_export_give_the_normal_distribution(trained, tmp_path):
-    expected, trained_on = predicted(trained), trained.likelihood
+    expected = predicted(trained)
     trained.export_peft(tmp_path)
     lora = peft.PeftModel.from_pretrained(trained.unwrap(), str(tmp_path)).eval()
     numbers = json.loads((tmp_path / "one_pass.json").read_text())
@@ -57,8 +57,7 @@ def test_the_numbers_of_an_export_give_the_normal_distribution(trained, tmp_path
             lora.unload(), tmp_path, likelihood=given, tokenizer=TOKENIZER
         )
         torch.testing.assert_close(predicted(again).mean, expected.mean, atol=1e-4, rtol=1e-5)
-        noise = trained_on.scale * trained_on.noise.expand(len(mean)).detach()
-        torch.testing.assert_close(predicted(again).noise_stddev, noise)
+        torch.testing.assert_close(predicted(again).noise_stddev, expected.noise_stddev)
         again.unwrap()
 
 
@@ -89,6 +88,7 @@ def test_cuts_come_back_from_an_export(tmp_path):
     blora = adapter("order")
     fit(blora, ROWS["order"], **FEW)
     tiny.shaken(blora.likelihood, 0.5)
+    blora.model.mean_temperature.fill_(1.3)
     expected = predicted(blora, "order").probs
     blora.export_peft(tmp_path)
     net, options = blora.unwrap(), {"tokenizer": TOKENIZER}
@@ -96,6 +96,28 @@ def test_cuts_come_back_from_an_export(tmp_path):
         BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=5))
     again = BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=4), **options)
     torch.testing.assert_close(predicted(again, "order").probs, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_was_trained_before_keeps_its_unit_when_it_was_saved(tmp_path):
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+    lora = peft.get_peft_model(net := NETS["numbers"](), config)
+    lora.save_pretrained(tmp_path / "lora")
+    blora = BayesianLoRA.from_peft(lora.unload(), tmp_path / "lora", tokenizer=TOKENIZER)
+    blora.save_pretrained(tmp_path / "saved")
+    net = blora.unwrap()
+    again = BayesianLoRA.from_pretrained(net, tmp_path / "saved", tokenizer=TOKENIZER)
+    fit(again, ROWS["numbers"], held_out=0.0, **FEW)
+    assert (again.likelihood.loc, again.likelihood.scale) == (0.0, 1.0)
+
+
+def test_a_training_leaves_earlier_predictions_as_they_were():
+    blora = adapter("numbers")
+    before = predicted(blora)
+    mean, stddev = before.mean.clone(), before.stddev.clone()
+    fit(blora, ROWS["numbers"], **FEW)
+    assert blora.likelihood.loc > 100
+    assert torch.equal(before.mean, mean)
+    assert torch.equal(before.stddev, stddev)
 
 
 def test_a_run_that_is_resumed_keeps_its_unit(tmp_path):
