@@ -258,9 +258,10 @@ def from_peft(
             guide=guide,
             likelihood=likelihood,
         )
-        for temperature in (blora.model.temperature, blora.model.mean_temperature):
-            temperature.fill_(adapter.numbers.get("temperature", 1.0))  # that no head applies
         try:
+            if adapter.numbers.get("likelihood") == type(blora.likelihood).__name__:
+                for temperature in (blora.model.temperature, blora.model.mean_temperature):
+                    temperature.fill_(float(adapter.numbers["temperature"]))  # no head applies it
             adapter.load_into(blora.posterior)
         except ConfigurationError:
             blora.unwrap()
@@ -396,6 +397,7 @@ def _numbers_of(model: BayesianLoRAModel, temperature: float) -> dict[str, str]:
         temperature = 1.0  # which the exported head applies
     # for which PEFT's files have no place, such as the classes, the token_ids or the noise
     numbers = {"temperature": temperature, **likelihood.numbers(folded=folded)}
+    numbers["likelihood"] = type(likelihood).__name__
     texts = {_NUMBERS: json.dumps(numbers, indent=2, default=str) + "\n"}
     if not likelihood.predicts:
         from transformers import GenerationConfig  # not at the top: it sets warning filters

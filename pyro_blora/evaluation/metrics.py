@@ -286,7 +286,7 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> Metrics:
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:
     """Orders the items of a pool, the one most worth a label first, for active learning.
 
-    ``by`` is one of ``CRITERIA``. The mutual information, known as BALD, asks for the labels that
+    ``by`` is one of ``CRITERIA``, or a doubt as in :func:`threshold_for`. The mutual information, known as BALD, asks for the labels that
     say most about the weights; entropy also asks for items that are ambiguous whatever the weights
     are. Returns indices, ``(N,)``; among equal items the earlier comes first.
     """
@@ -296,8 +296,9 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
         raise ConfigurationError(
             "A single draw has no mutual information; predict with more, or rank by 'entropy'."
         )
-    scores: Tensor = getattr(prediction, by)
-    scores = scores.reshape(len(prediction), -1).sum(-1)  # of several labels
+    if by not in (known := doubts(prediction)):
+        raise ConfigurationError(f"by must be random or one of {', '.join(known)}, got {by!r}.")
+    scores = known[by].reshape(len(prediction), -1).sum(-1)  # of several labels
     return scores.argsort(descending=True, stable=True)
 
 

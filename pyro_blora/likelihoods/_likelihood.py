@@ -85,6 +85,7 @@ class Likelihood(Options, PyroModule):
         bound = type(self)(**copy.deepcopy(self.options()))
         bound.shortcuts.on = fast
         bound.load_state_dict(self.state_dict())
+        bound.trained_head.fill_(False)  # which is of a network; a template may serve another
         return bound.to(device)
 
     def check_network(self, net: nn.Module) -> None:

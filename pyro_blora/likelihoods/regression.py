@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributions import constraints
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.labels import FINITE, checked_labels
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import NumberCollator
+from pyro_blora.likelihoods._prompts import NumberCollator, is_from
 from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.network.targets import NUMBER
 
@@ -73,7 +74,7 @@ class Regression(Likelihood):
         """Checks that labels are finite numbers; a training takes their mean and deviation."""
         collate = super().read(rows, collate, net, labeled=labeled, training=training)
         if training:
-            self._standardize(rows)
+            self._standardize(rows, collate)
         return collate
 
     def check_loader(
@@ -81,9 +82,9 @@ class Regression(Likelihood):
     ) -> None:
         """A training takes the mean and the deviation of the labels from the loader's rows."""
         if training:
-            self._standardize(getattr(data, "dataset", data))
+            self._standardize(getattr(data, "dataset", data), getattr(data, "collate_fn", None))
 
-    def _standardize(self, rows: Any) -> None:
+    def _standardize(self, rows: Any, collate: Collate | None) -> None:
         """Takes the unit of the labels, unless it is known or a trained head has it."""
         if self.loc is not None and self.scale is not None:
             return
@@ -94,7 +95,13 @@ class Regression(Likelihood):
                 "Regression must know the mean and the standard deviation of the labels, got no "
                 "rows with a column label; pass likelihood=Regression(loc=, scale=)."
             )
-        numbers = [*map(float, checked_labels(rows, True, FINITE))]
+        values = checked_labels(rows, True, FINITE)
+        usual = type(collate) is NumberCollator or is_from(collate, "transformers.", "torch.")
+        if collate is not None and not usual:  # it may scale them
+            parts = (range(len(rows))[k : k + 64] for k in range(0, len(rows), 64))
+            batches = (collate([rows[k] for k in part]) for part in parts)
+            values = [value for batch in batches for value in batch["labels"].flatten()]
+        numbers = [*map(float, values)]
         labels = torch.tensor(numbers, dtype=torch.float64)
         spread = float(labels.std(correction=0)) if min(numbers) < max(numbers) else 1.0
         if self.trained_head:  # which has the unit of the labels; the noise gets it, too
@@ -105,7 +112,10 @@ class Regression(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The standardized mean and the logarithm of the noise, ``(B, 2)``."""
-        mean = head_logits(net, batch).squeeze(-1)
+        # in bfloat16 a trained head would round the unit of the labels away
+        precise = self.trained_head and torch.is_autocast_enabled(self.noise.device.type)
+        with torch.autocast(self.noise.device.type, enabled=False) if precise else nullcontext():
+            mean = head_logits(net, batch).squeeze(-1)
         return torch.stack([mean, self.noise.log().expand_as(mean)], -1)
 
     def check_labels(self, labels: Tensor, logits: Tensor) -> None:

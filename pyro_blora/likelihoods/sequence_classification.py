@@ -134,8 +134,11 @@ class SequenceClassification(Likelihood):
         return head_logits(net, batch)
 
     def output_names(self, rows: Any) -> Sequence[str]:
-        """``classes``, or those of the rows in order."""
-        return self.classes or [*map(str, names_of(rows))]
+        """``classes``, or those of the rows in order; numbers are the places of logits."""
+        names = names_of(rows)
+        if self.classes is None:
+            return [*map(str, names)]
+        return self.classes or [*map(str, range(max(map(int, names)) + 1))]
 
     def keep_head(self, net: nn.Module) -> None:
         """The classes are those that the network names, or else numbers; their order is fixed."""

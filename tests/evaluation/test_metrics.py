@@ -259,6 +259,9 @@ def test_ranks_are_those_of_the_scores():
     for by in ("mutual_information", "entropy"):
         scores = getattr(p, by).tolist()
         assert m.rank(p, by).tolist() == sorted(range(60), key=lambda i: -scores[i])
+    assert m.rank(p, "confidence")[0] == p.confidence.argmin()  # the least sure one
+    with pytest.raises(ConfigurationError, match="by must be random or one of"):
+        m.rank(p, "samples")
     first, again, other = (m.rank(p, "random", seed=seed).tolist() for seed in (0, 0, 1))
     assert first == again != other
     assert sorted(first) == list(range(60))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from kinds import FEW, NETS, ROWS, TOKENIZER, adapter
+from torch.utils.data import DataLoader
 from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, fit
@@ -92,6 +93,9 @@ def test_cuts_come_back_from_an_export(tmp_path):
     expected = predicted(blora, "order").probs
     blora.export_peft(tmp_path)
     net, options = blora.unwrap(), {"tokenizer": TOKENIZER}
+    another = BayesianLoRA.from_peft(net, tmp_path)  # a Regression, to which it means nothing
+    assert float(another.model.mean_temperature) == 1
+    net = another.unwrap()
     with pytest.raises(CheckpointError, match=r"has cuts of \(3,\), but Ordinal"):
         BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=5))
     again = BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=4), **options)
@@ -108,6 +112,37 @@ def test_a_head_that_was_trained_before_keeps_its_unit_when_it_was_saved(tmp_pat
     again = BayesianLoRA.from_pretrained(net, tmp_path / "saved", tokenizer=TOKENIZER)
     fit(again, ROWS["numbers"], held_out=0.0, **FEW)
     assert (again.likelihood.loc, again.likelihood.scale) == (0.0, 1.0)
+    again.unwrap()
+    another = adapter("numbers", likelihood=blora.likelihood)  # a template for a new head
+    fit(another, ROWS["numbers"], **FEW)
+    assert another.likelihood.loc > 100
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_the_unit_is_that_of_the_labels_which_a_collator_makes(loader):
+    def halved(rows):
+        batch = NumberCollator(TOKENIZER)(rows)
+        return {**batch, "labels": batch["labels"] / 2}
+
+    blora, rows = adapter("numbers"), ROWS["numbers"]
+    data = DataLoader(rows, 4, collate_fn=halved) if loader else rows
+    fit(blora, data, collate=None if loader else halved, held_out=0.0, **FEW)
+    labels = torch.tensor([row["label"] for row in rows]) / 2
+    unit = torch.tensor([blora.likelihood.loc, blora.likelihood.scale])
+    torch.testing.assert_close(unit, torch.stack([labels.mean(), labels.std(correction=0)]))
+
+
+def test_a_head_in_the_unit_of_the_labels_is_not_rounded(tmp_path):
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+    lora = peft.get_peft_model(NETS["numbers"](), config)
+    lora.classifier.modules_to_save["default"].bias.data.fill_(12345.0)
+    lora.save_pretrained(tmp_path)
+    blora = BayesianLoRA.from_peft(lora.unload(), tmp_path, tokenizer=TOKENIZER)
+    every = [
+        blora.predict_dataset(ROWS["numbers"], num_samples=0, precision=name)[0].mean
+        for name in ("float32", "bfloat16")
+    ]
+    torch.testing.assert_close(*every)
 
 
 def test_a_training_leaves_earlier_predictions_as_they_were():
