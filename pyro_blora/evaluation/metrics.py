@@ -286,9 +286,10 @@ def evaluate_text(log_probs: Tensor, num_tokens: Tensor) -> Metrics:
 def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 0) -> Tensor:
     """Orders the items of a pool, the one most worth a label first, for active learning.
 
-    ``by`` is one of ``CRITERIA``, or a doubt as in :func:`threshold_for`. The mutual information, known as BALD, asks for the labels that
-    say most about the weights; entropy also asks for items that are ambiguous whatever the weights
-    are. Returns indices, ``(N,)``; among equal items the earlier comes first.
+    ``by`` is one of ``CRITERIA``, or a doubt as in :func:`threshold_for`. The mutual information,
+    known as BALD, asks for the labels that say most about the weights; entropy also asks for items
+    that are ambiguous whatever the weights are. Returns indices, ``(N,)``; among equal items the
+    earlier comes first.
     """
     if by == "random":
         return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
