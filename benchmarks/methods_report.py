@@ -25,7 +25,7 @@ Mean ± standard error over seeds, the lowest NLL first; a rate with `split` has
 an eighth of the training items. By chance: the ECE expected of a calibrated method with the same \
 confidences. Sure and wrong: the wrong answers among those of 95 % or more, of all seeds. \
 Difference: the NLL minus the default's, ± its standard error over items, and that over items and \
-seeds. Trials: the settings tried on validation items. Time: of training, over LoRA's.
+seeds. Trials: the settings tried on validation items.
 """
 
 Cell = Mapping[str, Any]
@@ -88,12 +88,11 @@ def table(cells: Collection[Cell], network: str, task: str, rows: Rows) -> Itera
         line += [f"{sum(r['sure_wrong'] for r in runs)} of {sum(r['sure'] for r in runs)}"]
         away = [{"auroc": r["auroc"]["entropy"]} for r in runs if r["auroc"]]
         line += means(away, {"auroc": ("AUROC", 100, 1)}) if away else [""]
-        seconds = mean_of(runs, "seconds") / mean_of(rows[LORA], "seconds") if LORA in rows else 0
-        line += [runs[0]["passes"], f"{seconds:.1f}", runs[0]["numbers"]]
+        line += [runs[0]["passes"], runs[0]["numbers"]]
         line += ["" if method == OURS or OURS not in rows else difference([gap(rows, method)])]
         lines.append((mean_of(runs, "nll"), line))
     head = ["method", "setting", "trials", "seeds", *(title for title, _, _ in COLUMNS.values())]
-    head += ["sure and wrong", "AUROC % out of scope", "passes", "time", "numbers", "difference"]
+    head += ["sure and wrong", "AUROC % out of scope", "passes", "numbers", "difference"]
     yield from markdown(head, [line for _, line in sorted(lines, key=lambda pair: pair[0])])
 
 
