@@ -36,7 +36,7 @@ def test_the_posterior_is_that_of_two_adapters_side_by_side():
     total = 0.0
     for name, (prior, guide) in alone.items():
         blora = tiny.adapted(both.net, target_modules=[name], prior=prior, guide=guide)
-        parts = (name, "temperature", "mean_temperature")
+        parts = (name, "temperature", "mean_temperature", "likelihood")
         blora.load_state_dict({k: v for k, v in state.items() if k.split(".")[1].startswith(parts)})
         total += blora.kl()
         mean = blora.posterior.draws(0)[name]

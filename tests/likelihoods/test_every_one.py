@@ -63,7 +63,7 @@ def test_thresholds_ranks_and_plots(kind, blora, data):
     if kind == "Regression":
         with pytest.raises(ConfigurationError, match="threshold_for must have classes or texts"):
             threshold_for(prediction, labels)
-        with pytest.raises(ConfigurationError, match="must be of classes to have probs"):
+        with pytest.raises(ConfigurationError, match="by must be random or one of stddev"):
             rank(prediction)
     else:
         with pytest.warns(UserWarning, match=f"errors in {int((labels >= 0).sum())};"):
