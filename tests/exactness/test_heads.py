@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pyro
 import pytest
@@ -9,7 +10,8 @@ import tiny
 import torch
 from tiny import VOCABULARY, adapted, bert, gpt2, llama, qwen2, sequences
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora import BayesianLoRA
+from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import MultipleChoice
 from pyro_blora.likelihoods.reading import logits_at
@@ -161,3 +163,15 @@ def test_a_network_may_be_read_in_several_threads():
         found = list(threads.map(read, batches))
     for one, other in zip(found, alone, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_padding_by_another_token_than_the_networks_is_refused():
+    net = tiny.llama_classifier()
+    net.config.pad_token_id = 3
+    blora = BayesianLoRA(net, rank=2)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    for pad in (3, 0):
+        batch = {"input_ids": torch.tensor([[5, 6, 7], [5, pad, pad]]), "attention_mask": mask}
+        refused = pytest.raises(BatchError, match=r"padded with net.config.pad_token_id, 3")
+        with nullcontext() if pad == 3 else refused:
+            blora.predict(batch)
