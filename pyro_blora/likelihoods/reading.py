@@ -48,12 +48,13 @@ def head_logits(net: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     pad = getattr(getattr(net, "config", None), "pad_token_id", None)
     # by which a decoder finds the last token of a row, whose logits it returns
-    if hasattr(net, "score") and None not in (pad, mask) and ids is not None and ids.is_cpu:
-        if bool(((ids != pad) & (mask == 0)).any()):
-            raise BatchError(
-                f"Rows must be padded with net.config.pad_token_id, {pad}, got another token; set "
-                "net.config.pad_token_id = tokenizer.pad_token_id."
-            )
+    reads = hasattr(net, "score") and pad is not None
+    reads = reads and ids is not None and mask is not None and ids.is_cpu
+    if reads and bool(((ids != pad) & (mask == 0)).any()):
+        raise BatchError(
+            f"Rows must be padded with net.config.pad_token_id, {pad}, got another token; set "
+            "net.config.pad_token_id = tokenizer.pad_token_id."
+        )
     if "position_ids" not in inputs:
         inputs.update(positions_of(net, mask))
     return in_single_precision(net(**inputs).logits)
