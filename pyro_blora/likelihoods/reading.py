@@ -45,12 +45,12 @@ def in_single_precision(logits: Tensor) -> Tensor:
 def head_logits(net: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The output of a network's head for all arguments of the network in a batch."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    ids: Any = inputs.get("input_ids")
+    mask: Any = inputs.get("attention_mask")
     pad = getattr(getattr(net, "config", None), "pad_token_id", None)
     # by which a decoder finds the last token of a row, whose logits it returns
-    reads = hasattr(net, "score") and pad is not None
-    reads = reads and ids is not None and mask is not None and ids.is_cpu
-    if reads and bool(((ids != pad) & (mask == 0)).any()):
+    known = ids is not None and mask is not None and pad is not None and ids.is_cpu
+    if known and hasattr(net, "score") and bool(((ids != pad) & (mask == 0)).any()):
         raise BatchError(
             f"Rows must be padded with net.config.pad_token_id, {pad}, got another token; set "
             "net.config.pad_token_id = tokenizer.pad_token_id."
