@@ -113,8 +113,10 @@ class Regression(Likelihood):
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The standardized mean and the logarithm of the noise, ``(B, 2)``."""
         # in bfloat16 a trained head would round the unit of the labels away
-        precise = self.trained_head and torch.is_autocast_enabled(self.noise.device.type)
-        with torch.autocast(self.noise.device.type, enabled=False) if precise else nullcontext():
+        kind = self.noise.device.type
+        # the flag is read last, because that synchronizes the device
+        precise = torch.is_autocast_enabled(kind) and self.trained_head
+        with torch.autocast(kind, enabled=False) if precise else nullcontext():
             mean = head_logits(net, batch).squeeze(-1)
         return torch.stack([mean, self.noise.log().expand_as(mean)], -1)
 
