@@ -198,6 +198,17 @@ def place_of(name: str, classes: tuple[str, ...]) -> int | None:
     return places.get(name, places.get(name.casefold()))
 
 
+def check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
+    """Refuses names in other places than in ``classes``; with ``unknown``, also other names."""
+    places = [place_of(name, tuple(classes)) for name in names]
+    if any(p != k and (unknown or p is not None) for k, p in enumerate(places)):
+        raise DataError(
+            "A collator, or a data set whose numbers are read as they are, must number the classes "
+            f"as {list(classes)}, got {list(names)}; leave them out of the collator, pass the data "
+            "set itself in place of a loader, or cast its column to int if its numbers are right."
+        )
+
+
 def label_of(
     label: Any, classes: Sequence[str] = (), table_names: Sequence[str] = (), where: str = ""
 ) -> int:

@@ -444,9 +444,8 @@ def restored(likelihood: Any, saved: Mapping[str, Any]) -> Any:
                 f"The adapter was saved with the {name} {shown}{order}; leave {name}= out."
             )
     is_open = {n: v is None or (isinstance(v, tuple | list) and not v) for n, v in options.items()}
-    kept = {n: v for n, v in saved.items() if v is not None and is_open[n]}
-    # the numbers of a head without names keep their meaning
-    kept |= {n: v for n, v in saved.items() if n == "data_names"}
+    is_open["data_names"] = True  # the numbers of a head without names keep their meaning
+    kept = {n: v for n, v in saved.items() if is_open[n] and v not in (None, options[n])}
     return type(likelihood)(**options | kept) if kept else likelihood
 
 

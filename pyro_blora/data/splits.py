@@ -14,9 +14,9 @@ _LABELS = ("label", "labels", "id", "idx")  # which do not tell whether two rows
 def keys_of(rows: Any) -> list[str]:
     """For each row, what it shares with the rows that give away its label.
 
-    That is its text, its token ids, its question with its choices, or if it has none of these
-    columns all of its texts and tensors, unless most rows share them. A few questions with the same
-    choices are twins, such as the sentences of a WinoGrande pair, and share the choices alone.
+    That is its text, its token ids, its question, or if it has none of these columns all of its
+    texts and tensors, unless most rows share them. A few questions with the same choices are twins,
+    such as the sentences of a WinoGrande pair, and share the choices alone.
     Pairs of texts share their prompt, unless it is the only one, because it may have several pairs.
     """
     contents = [_content(rows[k]) for k in range(len(rows))]
@@ -30,7 +30,8 @@ def keys_of(rows: Any) -> list[str]:
     keys, few = [], len(contents) if pairs else max(2, len(contents) // 20)
     for k, each in enumerate(contents):
         twins = each is not None and len(questions) > 1 and len(questions[each[1]]) <= few
-        keys.append(f"row {k}" if each is None else each[1] if twins else "".join(each))
+        # classes, which many rows share, are no part of a key: a new one would move all rows
+        keys.append(f"row {k}" if each is None else each[1] if twins else each[0] or each[1])
     return keys
 
 

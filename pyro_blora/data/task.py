@@ -139,7 +139,7 @@ def load_task(
         (100, 50)
         >>> rows = [{"text": f"{k} degrees", "label": "cold"[: 4 - k % 2]} for k in range(50)]
         >>> load_task(rows)
-        Task('data': 29 train, 7 validation, 14 test, scored by options)
+        Task('data': 33 train, 8 validation, 9 test, scored by options)
     """
     limits = (max_train or 0, max_validation, max_test or 0)
     if min(limits) < 0:

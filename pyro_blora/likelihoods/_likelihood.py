@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from pyro_blora.errors import BatchError, ConfigurationError, check_count
-from pyro_blora.labels import FINITE, Kind, checked_labels
+from pyro_blora.labels import FINITE, Kind, check_places, checked_labels, classes_of
 from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
 from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.network.shortcuts import Shortcuts
@@ -71,6 +71,7 @@ class Likelihood(Options, PyroModule):
     task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
     labels_are_inputs: ClassVar[bool] = False  # whether they are tokens of the input, as of text
+    data_names: Sequence[str] = ()  # of the numbers that are labels, in the training's data set
     trained_head: Tensor  # whether the head is that of a LoRA, trained before; saved with the rest
 
     def __init__(self, *, num_data: int | None = None) -> None:
@@ -143,12 +144,25 @@ class Likelihood(Options, PyroModule):
                 collate.check(rows, labeled)
             elif isinstance(collate, NumberCollator):
                 checked_labels(rows, labeled, self.label_kind, "text")
+        self._check_numbering(rows, collate, training)
         return collate
 
     def check_loader(
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
-        """Checks a loader of batches, whose rows are not read beforehand; by default nothing."""
+        """Checks a loader of batches, whose rows are not read beforehand."""
+        collate = getattr(data, "collate_fn", collate)
+        self._check_numbering(getattr(data, "dataset", data), collate, training)
+
+    def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
+        """Refuses numbers that have names in another order than in the training's data set."""
+        ours = is_from(collate, "pyro_blora.", "transformers.", "torch.")  # others read labels
+        if not ours or "data_names" not in self.options():
+            return
+        names = next(filter(None, (classes_of(rows, name) for name in ("label", "labels"))), [])
+        check_places(names, self.data_names)
+        if training:
+            self.data_names = self.data_names or tuple(names)
 
     def keep_head(self, net: nn.Module) -> None:
         """Says that the network's head was trained before and stays as it is."""

@@ -26,6 +26,8 @@ class LabelTokens(Likelihood):
     Args:
         token_ids: the answer tokens, one per class, in the order of the classes.
         num_data: number of training examples.
+        data_names: the names that the labels of encoded rows have in their data set, in order,
+            which ``fit`` keeps so that a data set of another order is refused.
 
     A batch has ``input_ids`` and ``attention_mask`` (``B x T``, padded on either side) and
     ``labels`` (``B``).
@@ -36,8 +38,15 @@ class LabelTokens(Likelihood):
         likelihood.logits(net, batch).shape  # B x 2
     """
 
-    def __init__(self, *, token_ids: Sequence[int], num_data: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        token_ids: Sequence[int],
+        num_data: int | None = None,
+        data_names: Sequence[str] = (),
+    ) -> None:
         super().__init__(num_data=num_data)
+        self.data_names = tuple(data_names)
         self.token_ids = token_ids = tuple(map(index, token_ids))
         if len(token_ids) < 2 or len(set(token_ids)) < len(token_ids) or min(token_ids) < 0:
             raise ConfigurationError(

@@ -1,5 +1,6 @@
 """Classes in an order, by a head of one output."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,8 @@ class Ordinal(Likelihood):
     Args:
         num_classes: the number K of classes.
         num_data: number of training examples.
+        data_names: the names that the labels have in the data set, in order, which ``fit`` keeps
+            so that a data set of another order is refused.
 
     Batches and rows are those of :class:`SequenceClassification`, with labels from 0 to ``K - 1``.
 
@@ -43,8 +46,11 @@ class Ordinal(Likelihood):
     roles: ClassVar[dict[str, str]] = {"cuts": "likelihood"}
     usual_collator = ClassificationCollator
 
-    def __init__(self, *, num_classes: int, num_data: int | None = None) -> None:
+    def __init__(
+        self, *, num_classes: int, num_data: int | None = None, data_names: Sequence[str] = ()
+    ) -> None:
         super().__init__(num_data=num_data)
+        self.data_names = tuple(data_names)
         check_count("num_classes", num_classes, 2)
         even = (torch.arange(1, num_classes) / num_classes).logit()  # equal probabilities at f = 0
         self.cuts = PyroParam(even, constraints.ordered_vector)

@@ -16,6 +16,7 @@ from pyro_blora.items import Item
 from pyro_blora.labels import (
     A_CLASS,
     are_numbers,
+    check_places,
     checked_labels,
     classes_of,
     features_of,
@@ -223,7 +224,7 @@ class SequenceClassification(Likelihood):
             classes = _names_of_numbers(net, next(iter(labels)))
         elif classes == ():  # a number stays one
             numbers = [*map(str, range(len(names)))] if self.trained_head else []
-            _check_places(names, logit_names(net) or self.data_names or numbers)
+            check_places(names, logit_names(net) or self.data_names or numbers)
         if classes:
             class_names(net, classes)  # refuses more than there are outputs
         count = len(classes or ()) or _num_labels(net)
@@ -268,21 +269,10 @@ class SequenceClassification(Likelihood):
             given = ()
         if not self.classes and None in [place_of(name, known) for name in given]:
             known = tuple(given) if self.classes is None else _names_of_numbers(net, given[0])
-        _check_places(given, known, unknown=True)
+        check_places(given, known, unknown=True)
         if not self.classes and _are_logits(names, net) and not {*names} <= {*known}:
             known = tuple(map(str, range(len(names))))
-        _check_places(names, known or logit_names(net) or self.data_names, unknown=bool(known))
-
-
-def _check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
-    """Refuses names in other places than in ``classes``; with ``unknown``, also other names."""
-    places = [place_of(name, tuple(classes)) for name in names]
-    if any(p != k and (unknown or p is not None) for k, p in enumerate(places)):
-        raise DataError(
-            "A collator, or a data set whose numbers are read as they are, must number the classes "
-            f"as {list(classes)}, got {list(names)}; leave them out of the collator, pass the data "
-            "set itself in place of a loader, or cast its column to int if its numbers are right."
-        )
+        check_places(names, known or logit_names(net) or self.data_names, unknown=bool(known))
 
 
 def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:

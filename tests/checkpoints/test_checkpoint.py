@@ -60,7 +60,7 @@ def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
     likelihood = LabelTokens(token_ids=np.array(tiny.ANSWERS), num_data=np.int64(30))
     saved(tmp_path, likelihood=likelihood, prior=KroneckerInducing(rank=np.int64(2)))
     config = checkpoints.read_config(tmp_path)
-    options = {"token_ids": [*tiny.ANSWERS], "num_data": 30}
+    options = {"token_ids": [*tiny.ANSWERS], "num_data": 30, "data_names": []}
     assert (config["likelihood"]["options"], config["prior"]["options"]["rank"]) == (options, 2)
 
 

@@ -120,6 +120,13 @@ def test_rows_of_a_key_stay_on_one_side_also_when_rows_are_added(rows, count):
     assert {key for key in again if not key.startswith("more")} == test
 
 
+def test_a_new_class_moves_no_row_of_a_file_to_the_other_side():
+    rows = [{"text": f"film {k}", "label": "ab"[k % 2]} for k in range(200)]
+    test = {item.question for item in load_task(rows).test}
+    more = load_task([*rows, *({"text": f"new {k}", "label": "c"} for k in range(3))])
+    assert test == {item.question for item in more.test if "film" in item.question}
+
+
 def test_choices_or_a_prompt_that_many_rows_share_do_not_tie_them():
     few = [{"question": f"{k} _", "choices": ["a0", "b0"], "label": 0} for k in range(4)]
     assert len(set(keys_of([*few, *TWINS[4:]])[:4])) == 1
