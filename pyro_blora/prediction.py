@@ -111,7 +111,8 @@ class Prediction:
     def quantile(self, level: float) -> Tensor:
         """The label below which the share ``level`` of the distribution lies, ``(B, ...)``.
 
-        Raises NotImplementedError if the distribution has no ``cdf``, such as a Poisson one.
+        Raises NotImplementedError if the distribution has no ``cdf``, such as a Poisson one; the
+        likelihood may return a subclass that defines it.
         """
         if not 0 < level < 1:
             raise ConfigurationError(f"level must be between 0 and 1, got {level}.")
@@ -125,7 +126,8 @@ class Prediction:
             middle = (low + high) / 2
             below = distribution.cdf(middle).mean(0) < level
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
+        found = (low + high) / 2
+        return found.round() if distribution.support.is_discrete else found
 
     def interval(self, share: float = 0.9) -> tuple[Tensor, Tensor]:
         """The quantiles between which the middle ``share`` of the distribution lies."""

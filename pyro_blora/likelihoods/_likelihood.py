@@ -218,8 +218,13 @@ class Likelihood(Options, PyroModule):
         return self.predicts and known
 
     def unit(self, temperature: float) -> tuple[float, float]:
-        """The scale and the shift that an exported head applies to the network's output."""
-        return 1 / temperature, 0.0
+        """The scale and the shift that an exported head applies to the network's output.
+
+        Where a subclass defines :meth:`tempered`, the head stays as it is by default, and whoever
+        reads the export applies the temperature in ``one_pass.json``.
+        """
+        divides = type(self).tempered is Likelihood.tempered
+        return 1 / temperature if divides else 1.0, 0.0
 
     def numbers(self, *, folded: bool) -> dict[str, Any]:
         """What an export says of its outputs beside the temperature, such as the classes.

@@ -8,12 +8,16 @@ import pytest
 import tiny
 import torch
 from kinds import FEW, NETS, ROWS, TOKENIZER, adapter
+from pyro.distributions import Poisson
+from scipy.stats import poisson
 from torch.utils.data import DataLoader
 from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import CheckpointError
-from pyro_blora.likelihoods import NumberCollator, Ordinal, Regression
+from pyro_blora.likelihoods import Likelihood, NumberCollator, Ordinal, Regression
+from pyro_blora.likelihoods.reading import head_logits
+from pyro_blora.prediction import Prediction
 
 
 def llama():
@@ -166,3 +170,49 @@ def test_a_run_that_is_resumed_keeps_its_unit(tmp_path):
     assert blora.likelihood.loc != unit[0]
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert (blora.likelihood.loc, blora.likelihood.scale) == unit
+
+
+class Counted(Poisson):
+    """With the cdf that torch's lacks."""
+
+    def cdf(self, value):
+        below = torch.special.gammaincc(value.floor().clamp_min(0) + 1, self.rate)
+        return torch.where(value < 0, torch.zeros(()), below)
+
+
+class Counts(Likelihood):
+    """Counts, at a temperature that does not divide the logarithm of their rate."""
+
+    new_head = True
+    task_type = "SEQ_CLS"
+    usual_collator = NumberCollator
+
+    def logits(self, net, batch):
+        return head_logits(net, batch).squeeze(-1)
+
+    def distribution(self, logits, labels):
+        return Counted(logits.exp())
+
+    def tempered(self, logits, temperature):
+        return logits + 0.1 * temperature.log()
+
+    def check_labels(self, labels, logits):
+        """Any label will do."""
+
+
+def test_an_export_keeps_a_head_that_its_likelihood_tempers_otherwise(tmp_path):
+    blora = adapter("numbers", likelihood=Counts())
+    fit(blora, [{**row, "label": len(row["text"]) % 5} for row in ROWS["numbers"]], **FEW)
+    blora.model.mean_temperature.fill_(3.0)
+    expected = predicted(blora).mean
+    blora.export_peft(tmp_path)
+    options = {"likelihood": Counts(), "tokenizer": TOKENIZER}
+    again = BayesianLoRA.from_peft(blora.unwrap(), tmp_path, **options)
+    torch.testing.assert_close(predicted(again).mean, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.7, 3.0, 40.0])
+def test_quantiles_of_counts_are_counts(rate):
+    prediction = Prediction(torch.full((1, 2), rate).log(), lambda log: Counted(log.exp()))
+    for level in (0.01, 0.05, 0.5, 0.95):
+        assert prediction.quantile(level).tolist() == [poisson.ppf(level, rate)] * 2
