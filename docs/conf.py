@@ -73,12 +73,11 @@ def as_it_parses(
 
 
 MENU = {
-    "Start": "tutorials/00* tutorials/09* choose own_data likelihoods tutorials/README",
+    "Start": "tutorials/00* tutorials/02* choose own_data likelihoods tutorials/README",
     "How-to pages": "peft evaluation save_and_serve generation hyperparameters large_models pyro "
-    "priors_and_guides tutorials/02* tutorials/03* tutorials/05* tutorials/06* tutorials/07* "
-    "tutorials/10* troubleshooting",
-    "Explanation": "theory tutorials/01* calibration tutorials/04* tutorials/08* cost "
-    "reading_the_code",
+    "priors_and_guides tutorials/03* tutorials/05* tutorials/06* tutorials/07* tutorials/09* "
+    "troubleshooting",
+    "Explanation": "theory tutorials/01* calibration tutorials/04* tutorials/08* cost",
     "Reference": "reference/index reference/internals",
 }
 

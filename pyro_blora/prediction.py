@@ -127,7 +127,7 @@ class Prediction:
             below = distribution.cdf(middle).mean(0) < level
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         found = (low + high) / 2
-        return found.round() if distribution.support.is_discrete else found
+        return found.round() if getattr(distribution.support, "is_discrete", False) else found
 
     def interval(self, share: float = 0.9) -> tuple[Tensor, Tensor]:
         """The quantiles between which the middle ``share`` of the distribution lies."""
