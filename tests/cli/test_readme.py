@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import peft
 import pytest
 import tiny
 import torch
@@ -58,6 +59,8 @@ def small(monkeypatch, model_dir, tmp_path):
     words = [("soared", "positive"), ("sank", "negative")] * 30
     lines = [f"it {verb} {i} times,{label}" for i, (verb, label) in enumerate(words)]
     Path("reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+    peft.get_peft_model(loaded("", 2)[0], config).save_pretrained("my_lora")
     rows = [json.dumps({"text": line, "label": len(line) / 2}) for line in lines]
     Path("ratings.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
@@ -78,6 +81,7 @@ PAGES += " reference/names likelihoods"
 
 @pytest.mark.filterwarnings("ignore:No threshold has")  # for a tiny network after two steps
 @pytest.mark.filterwarnings("ignore:The adapter has not learned")
+@pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which is untrained
 @pytest.mark.parametrize("name", PAGES.split())
 def test_the_programs_of_a_page_run(name):
     """One after the other, and on one network: an adapter is taken off where another is made.
