@@ -77,6 +77,13 @@ def test_a_merged_network_predicts_in_the_unit_or_says_how(trained, recwarn):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
 
 
+def test_a_state_has_the_unit(trained):
+    expected, net = predicted(trained).mean, trained.unwrap()
+    again = adapter("numbers", net=net)
+    again.load_state_dict(trained.state_dict())
+    assert torch.equal(predicted(again).mean, expected)
+
+
 def test_a_likelihood_that_is_passed_takes_the_saved_unit(trained, tmp_path):
     expected = predicted(trained).mean
     trained.save_pretrained(tmp_path)
