@@ -97,6 +97,7 @@ def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
             "](docs/index.md)": "](#all-pages)",
             "](docs/": "](",
             "](benchmarks/": "](../benchmarks/",
+            "](CITATION": "](../CITATION",
             "](../tutorials/": "](tutorials/",
         }
     elif page.startswith("tutorials/"):

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from pyro_blora.checkpoints import checkpoint, peft
 from pyro_blora.data.batches import batches_of, over_dataset, predict_dataset, shown
 from pyro_blora.data.reading import reading
+from pyro_blora.debts import enter_through
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, check_kind
 from pyro_blora.generation.generate import By, Generation, generate
 from pyro_blora.guides import SiteGuide
@@ -42,7 +43,7 @@ from pyro_blora.posterior.guide import (
     posteriors_of,
 )
 from pyro_blora.posterior.posterior import Posterior, Samples
-from pyro_blora.posterior.store import use_own_tensors
+from pyro_blora.posterior.store import OwnTensors
 from pyro_blora.posterior.temperature import calibrate, distill
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import Metrics
@@ -115,7 +116,7 @@ class BayesianLoRA(PyroModule):
         fast: bool = True,
     ) -> None:
         super().__init__()
-        use_own_tensors(self)
+        enter_through(self, OwnTensors(self))  # in which all of its modules run
         targets = find_targets(net, target_modules, exclude_modules, layers_to_transform)
         known = get_method(method or "bayesian-lora")
         if prior is not None and rank is not None:

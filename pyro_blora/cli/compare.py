@@ -11,12 +11,9 @@ from pyro_blora.data import load_task
 from pyro_blora.errors import ConfigurationError, check_precision
 
 
-def listed(text: str, option: str) -> tuple[str, ...]:
+def listed(text: str) -> tuple[str, ...]:
     """The parts of a comma-separated list."""
-    parts = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not parts:
-        raise ConfigurationError(f"{option} is empty; give names separated by commas.")
-    return parts
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def run(
@@ -89,9 +86,8 @@ def run(
 
     Example: pyro-blora compare --task arc_easy --data-dir data --seeds 0,1,2 --out out/arc_easy
     """
-    names = listed(methods, "--methods")
     try:
-        runs = tuple(int(part) for part in listed(seeds, "--seeds"))
+        runs = tuple(map(int, listed(seeds)))
     except ValueError as error:
         raise ConfigurationError(
             f"--seeds must be numbers such as 0,1,2, got {seeds!r}."
@@ -104,13 +100,10 @@ def run(
     if lora_lr is not None:
         lora = replace(lora, learning_rates={"mean": lora_lr})
 
-    def show(row: results.Row) -> None:
-        console.print(f"{row.method}, seed {row.seed}: {row.metrics} on {row.n_test} test items")
-
     table = comparison.compare(
         model,
         task,
-        names,
+        listed(methods),
         own=[lora],
         seeds=runs,
         num_steps=max_steps,
@@ -119,12 +112,14 @@ def run(
         max_test=max_test,
         data_dir=data_dir,
         rank=rank,
-        target_modules=target_modules and listed(target_modules, "--target-modules"),
+        target_modules=target_modules and listed(target_modules),
         num_samples=num_samples,
         precision=precision,
         outside=outside,
         out=out,
-        callback=show,
+        callback=lambda row: console.print(
+            f"{row.method}, seed {row.seed}: {row.metrics} on {row.n_test} test items"
+        ),
         batch_size=batch_size,
     )
     console.print(table)

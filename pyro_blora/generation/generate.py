@@ -94,11 +94,19 @@ def generate(
         options: options of ``transformers.GenerationMixin.generate``: ``max_new_tokens``,
             ``do_sample``, ``num_beams``, ``streamer``, ``generation_config``, ...
     """
+    from transformers import GenerationMixin  # here, because its import sets warning filters
+
     model, num_samples = posterior.model, posterior.method.draws(num_samples)
     if num_samples:
         posterior.method.check_draws()
     model.check_attached()
-    net = _generator(model.net)
+    modules = model.net.modules()  # of which PEFT and torch.compile wrap the one that generates
+    able: Any = (m for m in modules if isinstance(m, GenerationMixin) and m.can_generate())
+    if (net := next(able, None)) is None:
+        raise ConfigurationError(
+            "generate needs a causal language model (AutoModelForCausalLM), got "
+            f"{type(model.net).__name__}."
+        )
     several_beams = (_setting(net, options, "num_beams") or 1) > 1
     if by not in get_args(By):
         names = " or ".join(map(repr, get_args(By)))
@@ -206,18 +214,6 @@ class _CacheOfDraws(DynamicCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         starts = torch.arange(self.draws, device=beam_idx.device) * len(beam_idx)
         super().reorder_cache((starts.unsqueeze(-1) + beam_idx).flatten())
-
-
-def _generator(net: nn.Module) -> Any:
-    """The module that generates: ``net``, or the module that it wraps (PEFT, torch.compile)."""
-    from transformers import GenerationMixin  # here, because its import sets warning filters
-
-    for module in net.modules():
-        if isinstance(module, GenerationMixin) and module.can_generate():
-            return module
-    raise ConfigurationError(
-        f"generate needs a causal language model (AutoModelForCausalLM), got {type(net).__name__}."
-    )
 
 
 def _setting(net: Any, options: Mapping[str, Any], name: str) -> Any:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
@@ -45,7 +44,6 @@ def fit(
     collate: Collate | None = None,
     learning_rates: float | Mapping[str, float] | None = None,
     num_particles: int | None = None,
-    elbo: type[Trace_ELBO] | None = None,
     kl_weight: float = 1.0,
     held_out: float | None = None,
     precision: str = "auto",
@@ -88,9 +86,6 @@ def fit(
             from, and what the first batch changes in them.
         num_particles: posterior draws per batch, each of which sees its share of the examples; if
             it does not divide a batch, the largest divisor below it. Default: one per example.
-        elbo: the class of the ELBO, which must average over particles, because each sees its own
-            examples. Default: ``TraceMeanField_ELBO``, with an analytic KL where there is one, for
-            a family of this library; ``Trace_ELBO`` for any other guide.
         kl_weight: weight of the KL, :math:`w`; 1 is the ELBO.
         held_out: share of the examples to hold out from training; at its end the temperatures of
             predictions are fitted to them (:meth:`BayesianLoRA.calibrate
@@ -138,7 +133,7 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _UNLISTED}
     blora.model.check_attached()
-    _check(settings, validation, callback)
+    _check(settings, validation)
     before = Snapshot(blora)
     with before.put_back_after(Exception):
         run = prepare(
@@ -149,17 +144,10 @@ def fit(
             learning_rates=learning_rates,
             held_out=held_out,
             num_particles=num_particles,
-            elbo=elbo,
             kl_weight=kl_weight,
         )
         num_steps = _steps(run.train, num_steps, num_epochs, batch_size)
         settings |= {"num_steps": num_steps, "held_out": run.share}
-        if keep_best and num_steps <= validate_every:
-            warnings.warn(
-                f"keep_best=True compares validations, but this run has only one, after all of its "
-                f"{num_steps} steps; choose a validate_every= below {validate_every}.",
-                stacklevel=3,  # past the wrapper of one_at_a_time
-            )
         begin_training(blora)
         stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         if seed is not None:
@@ -175,8 +163,6 @@ def fit(
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
         groups = parameter_groups(blora, run.rates, sizes)
-        if not groups:
-            raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
         validate = _validation(blora, run, batch_size, eval_samples)
         with running(blora, precision, training=True), torch.enable_grad():
             result = training_loop(
@@ -208,21 +194,15 @@ def fit(
     return result
 
 
-def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
+def _check(settings: Mapping[str, Any], validation: Any) -> None:
     """Checks the options of the loop; ``prepare`` checks the others."""
     for name in ("batch_size", "validate_every"):
         check_count(name, settings[name])
-    for name, least in (("patience", 1), ("eval_samples", 0)):
-        if settings[name] is not None:
-            check_count(name, settings[name], least)
-    if callback is not None and not callable(callback):
-        raise ConfigurationError(f"callback must be a function, got {callback!r}.")
-    if validation is None and settings["keep_best"]:
-        raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
-    if validation is None and settings["patience"] is not None:
-        raise ConfigurationError(
-            f"patience={settings['patience']} needs validation=, to which it applies."
-        )
+    if settings["patience"] is not None:
+        check_count("patience", settings["patience"])
+    for name in ("keep_best", "patience"):
+        if validation is None and settings[name]:
+            raise ConfigurationError(f"{name}={settings[name]} needs validation=.")
 
 
 def _validation(
@@ -259,9 +239,5 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
             f"{num_steps} and {num_epochs}."
         )
     check_positive("num_epochs", num_epochs)
-    of_an_epoch = steps_of_an_epoch(train, batch_size)
-    if of_an_epoch is None:
-        raise ConfigurationError(
-            f"num_epochs={num_epochs} needs data with a length; pass num_steps= instead."
-        )
+    of_an_epoch: Any = steps_of_an_epoch(train, batch_size)
     return max(1, round(num_epochs * of_an_epoch))

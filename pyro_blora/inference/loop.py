@@ -12,9 +12,9 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_blora.bayesian_lora import BayesianLoRA
+from pyro_blora.data.batches import shown
 from pyro_blora.inference.objective import Objective
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
@@ -132,8 +132,7 @@ def training_loop(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, [partial(rate, num_steps=n) for n in lengths]
     )
-    hide = None if progress is None else not progress  # None: off a terminal
-    bar = tqdm(range(num_steps), desc="fit", unit="step", disable=hide)
+    bar = shown("fit", range(num_steps), progress)
     unread: list[tuple[Batch, dict[str, Tensor]]] = []
     read_at = time.perf_counter()
 

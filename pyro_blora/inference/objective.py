@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import Delta
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
@@ -45,7 +45,6 @@ class Objective:
     def __init__(
         self,
         blora: BayesianLoRA,
-        elbo: type[Trace_ELBO] | None = None,
         num_particles: int | None = None,
         kl_weight: float = 1.0,
         num_held_out: int = 0,
@@ -61,24 +60,10 @@ class Objective:
         check_positive("kl_weight", kl_weight)
         kl_weight *= likelihood.num_data / max(1, likelihood.num_data - num_held_out)
         points = [q for q in point_masses(blora.guide) if isinstance(q, Delta)]
-        dense = any(bool(q.log_density.any()) for q in points)
-        structured = isinstance(blora.guide, StructuredGuide) and not dense
-        if elbo is None:
-            elbo = TraceMeanField_ELBO if structured else Trace_ELBO
-        if not issubclass(elbo, Trace_ELBO) or issubclass(elbo, TraceTailAdaptive_ELBO):
-            raise ConfigurationError(
-                f"elbo={elbo.__name__} must average over particles, which share the examples; use "
-                "Trace_ELBO or TraceMeanField_ELBO."
-            )
-        mean_field = issubclass(elbo, TraceMeanField_ELBO)
-        if mean_field and not structured:
-            raise ConfigurationError(
-                f"elbo={elbo.__name__} ignores the log density of the Delta sites of "
-                f"{type(blora.guide).__name__}; use Trace_ELBO, the default."
-            )
-        self.elbo, self.num_particles, self.kl_weight = elbo, num_particles, kl_weight
-        self._blora, self._mean_field = blora, mean_field  # its guide may be replaced by the user
-        likelihood = blora.likelihood
+        dense = any(bool(q.log_density.any()) for q in points)  # which a closed form would ignore
+        self._mean_field = isinstance(blora.guide, StructuredGuide) and not dense
+        self.num_particles, self.kl_weight = num_particles, kl_weight
+        self._blora = blora  # whose guide may be replaced by the user
         self._has_old_head = likelihood.new_head and bool(likelihood.trained_head)
         self._classes, self._first = 0, list[float]()  # of an old head; the first steps' NLLs
 
@@ -111,7 +96,7 @@ class Objective:
                 "a copy of input_ids with -100 at the padding."
             )
         most = min(self.num_particles or batch.examples, batch.examples)
-        elbo = self.elbo(
+        elbo = (TraceMeanField_ELBO if self._mean_field else Trace_ELBO)(
             # the largest divisor, because the last batch may be smaller
             num_particles=next(p for p in range(most, 0, -1) if batch.examples % p == 0),
             max_plate_nesting=model.max_plate_nesting,
@@ -149,7 +134,7 @@ class Objective:
         if negative and analytic_kl(self._blora.guide, self._blora.model) is not None:
             raise ConfigurationError(
                 f"KL[q || p] must not be negative, got {figures['kl']:.4g} nats at step {step}: "
-                "correct the closed form for your prior and guide, or pass elbo=Trace_ELBO."
+                "correct its closed form for your prior and guide, or run SVI with Trace_ELBO."
             )
 
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pyro.infer import Trace_ELBO
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_blora.bayesian_lora import BayesianLoRA
@@ -16,7 +15,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.inference.learning_rates import rate_overrides
 from pyro_blora.inference.objective import Objective
-from pyro_blora.likelihoods import Collate, Likelihood
+from pyro_blora.likelihoods import Collate
 from pyro_blora.posterior.guide import StructuredGuide, is_started, make_guide
 from pyro_blora.posterior.store import read_store
 
@@ -43,7 +42,6 @@ def prepare(
     learning_rates: float | Mapping[str, float] | None,
     held_out: float | None,
     num_particles: int | None,
-    elbo: type[Trace_ELBO] | None,
     kl_weight: float = 1.0,
 ) -> Preparation:
     """Reads and checks all that a training is given; the arguments are those of ``fit``.
@@ -58,10 +56,17 @@ def prepare(
         if validations:  # which cannot name them any more
             blora.likelihood.settle_classes()
         share = _share(blora, every, held_out)
-        _settle_num_data(blora.likelihood, every)  # of all; Objective subtracts those held out
+        size, likelihood = size_of(every), blora.likelihood
+        likelihood.num_data = count = likelihood.num_data or size  # with those held out
+        if count and size not in (None, count):
+            warnings.warn(
+                f"The likelihood has num_data={count}, but train has {size} examples, so the KL "
+                f"weighs {size / count:.3g} times as much as in the ELBO; set likelihood.num_data.",
+                stacklevel=4,  # fit, past the wrapper of one_at_a_time
+            )
     others = [blora.reading(data, collate, training=False) for data in validations]
     kept, held = hold_out(every, share)
-    objective = Objective(blora, elbo, num_particles, kl_weight, len(held))
+    objective = Objective(blora, num_particles, kl_weight, len(held))
     return Preparation(kept, collate_train, held, share, others, objective, rates)
 
 
@@ -111,18 +116,6 @@ def begin_training(blora: BayesianLoRA) -> None:
     for family in post_hoc_families(blora).values():
         family.finished = False
     blora.likelihood.settle_classes()
-
-
-def _settle_num_data(likelihood: Likelihood, data: Any) -> None:
-    """Gives the likelihood the size of the data set, or warns if it has another one."""
-    size = size_of(data)
-    likelihood.num_data = count = likelihood.num_data or size
-    if count and size not in (None, count):
-        warnings.warn(
-            f"The likelihood has num_data={count}, but train has {size} examples, so the KL weighs "
-            f"{size / count:.3g} times as much as in the ELBO; set blora.likelihood.num_data.",
-            stacklevel=5,  # fit, past the wrapper of one_at_a_time
-        )
 
 
 class Snapshot:

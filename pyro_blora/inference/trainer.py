@@ -11,7 +11,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -67,7 +66,7 @@ class BayesianLoRATrainer(Trainer):
         model: the adapter.
         args: as for a ``Trainer``; but a ``learning_rate`` is refused, because each role has a rate
             of its own (``learning_rates``).
-        num_particles, elbo, learning_rates, eval_samples, held_out: as in ``fit``.
+        num_particles, learning_rates, eval_samples, held_out: as in ``fit``.
         options: the other arguments of a ``Trainer``: ``train_dataset``, ``processing_class``, ....
             The data sets are as in ``fit``, and ``processing_class`` is the adapter's tokenizer
             if it has none.
@@ -86,7 +85,6 @@ class BayesianLoRATrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         num_particles: int | None = None,
-        elbo: type[Trace_ELBO] | None = None,
         eval_samples: int | None = None,
         learning_rates: float | Mapping[str, float] | None = None,
         held_out: float | None = None,
@@ -123,7 +121,6 @@ class BayesianLoRATrainer(Trainer):
                 learning_rates=learning_rates,
                 held_out=held_out,
                 num_particles=num_particles,
-                elbo=elbo,
             )
             self._run, collate = run, run.collate
             if run.validations and not by_name:

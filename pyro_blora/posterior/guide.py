@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -85,8 +85,6 @@ class StructuredGuide(PyroModule):
         self._plates = {n: pyro.plate(n, frame.size, dim=frame.dim) for n, frame in frames.items()}
         chosen: dict[str, SiteGuide] = by_group("guide", family, model.groups)
         families = list(chosen.values())
-        for each in families:  # an AutoGuide is for the whole model, not for one group
-            check_kind("guide", each, SiteGuide)
         self.reads_context = any(each.reads_context for each in families)
         self.couples_sites = any(each.couples_sites for each in families)
         self.is_symmetric = all(each.symmetric for each in families)
@@ -174,18 +172,8 @@ def make_guide(
         return StructuredGuide(family, sites, model)
     is_family = isinstance(family, type) and issubclass(family, SiteGuide)
     guide = family(model) if callable(family) and not is_family else family
-    if not isinstance(guide, nn.Module):
-        raise ConfigurationError(
-            "guide must be an object of a family in pyro_blora.guides, such as MatrixNormal(), or "
-            f"an AutoGuide class, such as AutoNormal, got {family!r}."
-        )
-    laplace = isinstance(guide, AutoLaplaceApproximation)
-    if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
-        raise ConfigurationError(
-            "AutoLaplaceApproximation must have a prior whose density is the same at every call, "
-            "got one that draws noise in each; pass conditional='deterministic'."
-        )
-    return guide
+    check_kind("guide", guide, nn.Module)
+    return cast(nn.Module, guide)
 
 
 def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
@@ -197,11 +185,11 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
             "attn_implementation='eager' and a mode. The family Laplace() needs neither.",
             stacklevel=7,
         )
-    unfinished = (f for f in guide.modules() if isinstance(f, Laplace) and not f.finished)
-    if num_samples and (family := next(unfinished, None)) is not None:
+    unfinished = any(isinstance(f, Laplace) and not f.finished for f in guide.modules())
+    if num_samples and unfinished:
         warnings.warn(
-            f"{type(family).__name__} is still a point, so all draws are equal: train with fit, or "
-            "call pyro_blora.inference.finish(blora, train, collate=...) after your own training.",
+            "Laplace is still a point, so all draws are equal: train with fit, or call "
+            "pyro_blora.inference.finish(blora, train, collate=...) after your own training.",
             stacklevel=7,
         )
 
@@ -255,26 +243,22 @@ def described(
     yield f"  guide:      {getattr(method.guide, '__name__', repr(method.guide))}"
     yield f"  likelihood: {model.likelihood!r}"
     families = guide.families() if isinstance(guide, StructuredGuide) else {}
-    sites: dict[str, list[str]] = {group.name: [] for group in model.groups}
-    for site in model.sites:
-        shape = " x ".join(map(str, site.prior.shape())) or "one number"
-        size = f", {_size(families[site.name]):,} parameters in the guide" if families else ""
-        sites.setdefault(site.group, []).append(f"    {site.name}: {shape}{size}")
     for group in model.groups:
         size = f"{_size(getattr(model, group.name)):,} parameters in the prior"
         yield f"  {group.name}: {group.n} layers of {group.d_out} x {group.d_in}, {size}"
-        yield from sites.pop(group.name)
-    yield from (line[2:] for lines in sites.values() for line in lines)  # of no group
+        for site in (site for site in model.sites if site.group == group.name):
+            shape = " x ".join(map(str, site.prior.shape())) or "one number"
+            size = f", {_size(families[site.name]):,} parameters in the guide" if families else ""
+            yield f"    {site.name}: {shape}{size}"
     if not families:  # an AutoGuide has no parameters before its first call
         yield f"  guide: {_size(guide):,} parameters"
     yield from (f"  {name}: trained in full, as a point" for name in model.trained_heads.names)
     frozen = _size(model.net)
     share = trained / (trained + frozen)
     yield f"  trainable: {trained:,} beside {frozen:,} frozen ({share:.2%})"
-    ways = {"draws": model.temperature, "mean": model.mean_temperature}
-    if any(float(temperature) != 1 for temperature in ways.values()):
-        shown = (f"of the {way} {float(temperature):.3g}" for way, temperature in ways.items())
-        yield f"  temperatures: {', '.join(shown)}"
+    draws, mean = float(model.temperature), float(model.mean_temperature)
+    if draws != 1 or mean != 1:
+        yield f"  temperatures: of the draws {draws:.3g}, of the mean {mean:.3g}"
 
 
 def _size(module: nn.Module) -> int:

@@ -1,7 +1,6 @@
 """An adapter's tensors in Pyro's parameter store, where all adapters have the same names."""
 
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 import pyro
@@ -13,7 +12,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_blora.debts import PyroContext, context_of, enter_through, pyro_params
+from pyro_blora.debts import PyroContext, context_of, pyro_params
 
 _OWNED = WeakIdKeyDictionary()  # the tensors of all adapters that have run
 
@@ -28,11 +27,6 @@ def read_store(part: nn.Module) -> None:
 def constraint_of(module: nn.Module | None, name: str) -> Constraint:
     """The constraint of a module's parameter: its ``PyroParam``'s, or none."""
     return pyro_params(module).get(name, constraints.real)
-
-
-def use_own_tensors(adapter: PyroModule) -> None:
-    """Makes all modules of an adapter use its own tensors when they are called."""
-    enter_through(adapter, OwnTensors(adapter))
 
 
 class OwnTensors(PyroContext):
@@ -65,13 +59,8 @@ class OwnTensors(PyroContext):
                         del store[name]
         super().__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         if not self.active:
             _OWNED.update((parameter, None) for parameter in self._adapter.parameters())
             if pyro.settings.get("module_local_params"):  # Pyro's optimizers read the global store

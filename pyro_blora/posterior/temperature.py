@@ -99,9 +99,7 @@ def calibrate(posterior: Posterior, batches: Iterable[Batch], num_samples: int |
                 raise BatchError("A batch must have labels to calibrate by, got none; add them.")
             mean = next(posterior.logits(batch, 0, tempered=False))
             likelihood.check_labels(labels, mean[0])
-            drawn = mean  # of a point, which needs no second pass
-            if draws:
-                drawn = torch.cat([*posterior.logits(batch, draws, tempered=False)])
+            drawn = torch.cat([*posterior.logits(batch, draws, tempered=False)]) if draws else mean
             by_mean.append((mean.cpu(), labels.cpu()))
             by_draws.append((drawn.cpu(), labels.cpu()))
     both = [temperature_of_draws(likelihood, each) for each in (by_draws, by_mean)]
