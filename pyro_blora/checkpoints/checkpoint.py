@@ -34,7 +34,7 @@ from pyro_blora.checkpoints.files import write_file
 from pyro_blora.errors import CheckpointError, first_line, readable
 from pyro_blora.guides import SiteGuide
 from pyro_blora.methods import Method
-from pyro_blora.network.pretrained import ADAPTER, load_network, name_of
+from pyro_blora.network.pretrained import load_network, name_of
 from pyro_blora.network.targets import (
     CLASS,
     is_classifier,
@@ -48,7 +48,7 @@ from pyro_blora.posterior.guide import start_guide
 from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.posterior.store import constraint_of, read_store
 
-WEIGHTS = ADAPTER
+WEIGHTS = "bayesian_lora.safetensors"
 CONFIG = "bayesian_lora_config.json"
 _HEADER = "bayesian_lora"
 _OF_BASE = "base."  # prefix of the tensors that identify the base

@@ -40,15 +40,11 @@ def _sizes(batch: Mapping[str, Tensor], keep: Tensor, scored: Tensor) -> tuple[i
     counts = scored.sum(-1)
     values = (unpredicted, padded_left, keep.sum(-1).max(), counts.max(), counts.sum())
     first, left, length, most, count = torch.stack([value.long() for value in values]).tolist()
-    if first:
+    if first or left:
         raise BatchError(
-            "option_mask must be false at the first token of a row, which nothing predicts; begin "
-            "each row with a question or the tokenizer's beginning-of-text token."
-        )
-    if left:
-        raise BatchError(
-            "Rows must be padded on the right for MultipleChoice, got padding before a real token; "
-            "set tokenizer.padding_side = 'right'."
+            "Rows must be padded on the right, with option_mask false at their first token, which "
+            "nothing predicts; set tokenizer.padding_side = 'right', and begin each row with a "
+            "question or the tokenizer's beginning-of-text token."
         )
     return max(length, 1), max(most, 1), count
 

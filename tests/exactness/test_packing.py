@@ -80,7 +80,7 @@ def test_a_network_that_ignores_the_mask_does_not_pack():
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_first_token_is_not_scored(packed):
     batch = batch_of([((), [(5, 6), (7,)], 0)])
-    with pytest.raises(BatchError, match=r"first token of a row, which nothing predicts"):
+    with pytest.raises(BatchError, match=r"at their first token, which nothing predicts"):
         MultipleChoice(pack=packed).logits(llama(), batch)
 
 
