@@ -129,13 +129,24 @@ def parts_of(rows: Any) -> list[Any]:
 
 def classes_of(rows: Any, column: str = "label") -> list[str]:
     """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
-    kinds = [features_of(part).get(column) for part in parts_of(rows)]
+    kinds = [
+        None if _is_renumbered(part, column) else features_of(part).get(column)
+        for part in parts_of(rows)
+    ]
     every = [getattr(getattr(kind, "feature", kind), "names", None) for kind in kinds]  # or lists
     if any(names != every[0] for names in every):
         raise DataError(
             f"The parts of a data set must number their classes alike, got {every[0]} and others."
         )
     return list(every[0] or ())
+
+
+def _is_renumbered(part: Any, column: str) -> bool:
+    """Whether a transform of a ``datasets.Dataset`` makes other numbers of those in a column."""
+    if column not in features_of(part) or getattr(part, "format", {}).get("type") != "custom":
+        return False
+    stored, few = part.with_format(None), range(min(len(part), 64))
+    return any(_plain(part[k].get(column)) not in (stored[k][column], None) for k in few)
 
 
 def features_of(rows: Any) -> Mapping[str, Any]:

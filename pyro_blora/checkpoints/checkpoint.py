@@ -387,7 +387,7 @@ def _described(factory: Any, options: Any) -> dict[str, Any]:
     """Leaves out the module of a public class, and options that JSON cannot represent."""
     name = getattr(factory, "__qualname__", type(factory).__qualname__)
     described: dict[str, Any] = {"name": name}
-    is_public = any(_public(noun, name) is factory for noun in _HOMES)
+    is_public = any(public(noun, name) is factory for noun in _HOMES)
     if not is_public and "<" not in name:  # a local class or a lambda has no import path
         described["module"] = getattr(factory, "__module__", type(factory).__module__)
     try:
@@ -397,7 +397,8 @@ def _described(factory: Any, options: Any) -> dict[str, Any]:
         return {**described, "options": None}
 
 
-def _public(noun: str, name: str) -> Any:
+def public(noun: str, name: str) -> Any:
+    """The public class of this name, of this library or of Pyro, or ``None``."""
     return next((getattr(home, name) for home in _HOMES[noun] if name in home.__all__), None)
 
 
@@ -451,8 +452,8 @@ def restored(likelihood: Any, saved: Mapping[str, Any]) -> Any:
 
 def _imported(noun: str, name: str, module: str | None, trusted: bool) -> Any:
     """A public class of this library or Pyro by its name, or another one if trusted."""
-    if module is None and (public := _public(noun, name)) is not None:
-        return public
+    if module is None and (known := public(noun, name)) is not None:
+        return known
     if not (trusted and module):
         raise CheckpointError(
             f"The {noun} {name!r} is of {module or 'another library'}; pass {noun}= with its class "

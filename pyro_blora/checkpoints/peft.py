@@ -1,5 +1,6 @@
 """Starting from a LoRA that PEFT trained, and exporting a posterior as LoRAs for PEFT."""
 
+import inspect
 import json
 import math
 import os
@@ -18,17 +19,19 @@ from pyro_blora._version import __version__
 from pyro_blora.checkpoints.checkpoint import (
     fetched,
     names_in,
+    public,
     read_tensors,
     restored,
     write_tensors,
 )
 from pyro_blora.checkpoints.files import write_file
 from pyro_blora.errors import CheckpointError, ConfigurationError, check_count, readable
-from pyro_blora.likelihoods import SequenceClassification, usual_likelihood
+from pyro_blora.likelihoods import MultiLabel, SequenceClassification, usual_likelihood
 from pyro_blora.models import LowRankUpdate
 from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
     CLASS,
+    LABELS,
     PEFT_PREFIX,
     TAGS,
     head_names,
@@ -82,7 +85,8 @@ class PeftAdapter:
                 f"with a head, got {self.base!r} and {self.task!r}; load the network and give it "
                 "to from_peft."
             )
-        head = TAGS if self.task == "TOKEN_CLS" else CLASS
+        several = self.numbers.get("likelihood") == MultiLabel.__name__
+        head = TAGS if self.task == "TOKEN_CLS" else LABELS if several else CLASS
         return load_network(self.base, num_labels=classes, head=head)
 
     def heads(self, net: nn.Module) -> list[str]:
@@ -271,9 +275,12 @@ def from_peft(
 
 def _as_exported(net: nn.Module, adapter: PeftAdapter, likelihood: Any) -> Any:
     """The likelihood with what an export says of it; without names, classes are numbers."""
-    if likelihood is None and is_classifier(net):
-        likelihood = usual_likelihood(net)
     saved = dict(adapter.numbers)
+    if likelihood is None and (kind := public("likelihood", saved.get("likelihood", ""))):
+        options = {n: v for n, v in saved.items() if n in inspect.signature(kind).parameters}
+        likelihood = kind(**options)
+    elif likelihood is None and is_classifier(net):
+        likelihood = usual_likelihood(net)
     if isinstance(likelihood, SequenceClassification):
         saved["classes"] = saved.get("classes") or likelihood.classes or logit_names(net)
     if likelihood is None or not saved:

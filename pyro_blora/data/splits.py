@@ -1,6 +1,7 @@
 """Splits by text: repeated texts and twins stay together, also when rows are added or reordered."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,18 +17,21 @@ def keys_of(rows: Any) -> list[str]:
 
     That is its text, its token ids, its question, or if it has none of these columns all of its
     texts and tensors, unless most rows share them. A few questions with the same choices are twins,
-    such as the sentences of a WinoGrande pair, and share the choices alone.
-    Pairs of texts share their prompt, unless it is the only one, because it may have several pairs.
+    such as the sentences of a WinoGrande pair, and share the choices alone. Pairs of texts share
+    their prompt, which may have several, unless one has more than an eighth of them.
     """
     contents = [_content(rows[k]) for k in range(len(rows))]
+    if len(rows) and isinstance(rows[0], Mapping) and "chosen" in rows[0]:
+        most = max(Counter(prompt for _, prompt in filter(None, contents)).values())
+        by = int(8 * most <= len(rows))  # a prompt of many would hold out most rows, or none
+        return [each[by] if each else f"row {k}" for k, each in enumerate(contents)]
     others = [text for question, text in filter(None, contents) if not question]
     if 2 * len(set(others)) < len(others):  # classes or constants, which do not tell rows apart
         contents = [each if each and each[0] else None for each in contents]
     questions: dict[str, set[str]] = {}
     for question, choices in filter(None, contents):
         questions.setdefault(choices, set()).add(question)
-    pairs = len(rows) > 0 and isinstance(rows[0], Mapping) and "chosen" in rows[0]
-    keys, few = [], len(contents) if pairs else max(2, len(contents) // 20)
+    keys, few = [], max(2, len(contents) // 20)
     for k, each in enumerate(contents):
         twins = each is not None and len(questions) > 1 and len(questions[each[1]]) <= few
         # classes, which many rows share, are no part of a key: a new one would move all rows

@@ -424,7 +424,12 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
 
 
 def _settings(method: Method) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(method))  # addresses differ in each process
+    shown = re.sub(r" at 0x[0-9a-f]+", "", repr(method))  # addresses differ in each process
+    function: Any = method.guide
+    if (code := getattr(function, "__code__", None)) is None:
+        return shown
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return f"{shown} {_digest((code.co_code, code.co_names, code.co_consts, cells))}"
 
 
 def train_and_score(

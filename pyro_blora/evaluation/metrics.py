@@ -207,6 +207,10 @@ def out_of_scope(
         print(out_of_scope(blora.predict(questions), blora.predict(others)))
     """
     known, unknown = (_known_doubts(each, by)[by].double().cpu() for each in (inside, outside))
+    if known.dim() > 1:
+        raise ConfigurationError(
+            f"out_of_scope must have one label of each item, got {tuple(known.shape)}."
+        )
     answered = math.ceil(recall * len(known) - 1e-9)
     threshold = known.sort().values[answered - 1]
     rate = float((unknown <= threshold).double().mean())

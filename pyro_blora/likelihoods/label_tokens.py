@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item, Template
-from pyro_blora.likelihoods._likelihood import Batch, Likelihood
+from pyro_blora.labels import check_places
+from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
@@ -26,8 +28,8 @@ class LabelTokens(Likelihood):
     Args:
         token_ids: the answer tokens, one per class, in the order of the classes.
         num_data: number of training examples.
-        data_names: the names that the labels of encoded rows have in their data set, in order,
-            which ``fit`` keeps so that a data set of another order is refused.
+        data_names: the names of the classes in the training's data set, in order, which ``fit``
+            keeps so that a data set of another order is refused.
 
     A batch has ``input_ids`` and ``attention_mask`` (``B x T``, padded on either side) and
     ``labels`` (``B``).
@@ -64,6 +66,22 @@ class LabelTokens(Likelihood):
                 f"token_ids must be below {size}, the size of the vocabulary, got "
                 f"{list(self.token_ids)}; take them from the network's own tokenizer."
             )
+
+    def read(
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
+    ) -> Collate | None:
+        """Checks the rows; their choices must have the order of the training's."""
+        collate = super().read(rows, collate, net, labeled=labeled, training=training)
+        letters = True
+        if isinstance(collate, LabelTokensCollator):
+            letters = all(len(word.strip()) == 1 for word in collate.template.label_words)
+        if not letters:  # which stand for any choices
+            first = rows[0]
+            names = first.choices if isinstance(first, Item) else first["choices"]
+            check_places(names, self.data_names)
+            if training:
+                self.data_names = self.data_names or tuple(names)
+        return collate
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""

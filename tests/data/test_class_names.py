@@ -59,6 +59,18 @@ def test_a_training_names_the_classes(names, trained, collator, expected, small,
     assert collate is None or collators["ours"].classes == ()
 
 
+def test_numbers_that_a_transform_makes_are_read_as_they_are(small, forms):
+    """Also where it puts them into the column whose numbers had names."""
+    for turn in (0, 1):
+        made = forms["data"].with_transform(
+            lambda rows, turn=turn: {
+                **small(rows["text"]),
+                "label": [abs(turn - k) for k in rows["label"]],
+            }
+        )
+        assert labels_of(adapter(small, NEG_POS), made) == IN_ORDER
+
+
 @pytest.mark.parametrize(
     ("names", "trained", "read", "collator", "expected"),
     [

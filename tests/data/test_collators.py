@@ -14,6 +14,7 @@ from pyro_blora.items import Template, template_for
 from pyro_blora.likelihoods import (
     CausalLM,
     ClassificationCollator,
+    LabelTokens,
     LabelTokensCollator,
     MultipleChoice,
     MultipleChoiceCollator,
@@ -125,6 +126,17 @@ class TestLabelTokens:
         template = Template("{q}", "labels", (" positive", second))
         with pytest.raises(DataError, match="expected a different single one each"):
             LabelTokensCollator(build(), template)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_choices_keep_the_order_of_the_training(fresh, wrapped):
+    collate, net = LabelTokensCollator(wrapped, LABELS), tiny.llama(vocab_size=len(wrapped))
+    blora = BayesianLoRA(net, likelihood=LabelTokens(token_ids=collate.token_ids))
+    rows = [{"question": f"film {k}", "choices": ["bad", "good"], "label": k % 2} for k in range(9)]
+    fit(blora, rows, collate=collate, num_steps=1, progress=False)
+    turned = [{**row, "choices": ["good", "bad"], "label": 1 - row["label"]} for row in rows]
+    with pytest.raises(DataError, match=r"order|number the classes"):
+        blora.evaluate(turned, LabelTokensCollator(wrapped, LABELS) if fresh else collate, 2)
 
 
 def film(choices, label=0, name="film"):

@@ -127,6 +127,12 @@ def test_a_new_class_moves_no_row_of_a_file_to_the_other_side():
     assert test == {item.question for item in more.test if "film" in item.question}
 
 
+def test_prompts_of_many_pairs_do_not_decide_what_is_held_out():
+    for prompts in (["film", "book"], ["book", "film"], "abc"):
+        pairs = [{**row, "prompt": prompts[k % 10 % len(prompts)]} for k, row in enumerate(PAIRS)]
+        assert len(hold_out(pairs, 0.25)[1]) == 18
+
+
 def test_choices_or_a_prompt_that_many_rows_share_do_not_tie_them():
     few = [{"question": f"{k} _", "choices": ["a0", "b0"], "label": 0} for k in range(4)]
     assert len(set(keys_of([*few, *TWINS[4:]])[:4])) == 1

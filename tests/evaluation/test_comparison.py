@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from own_tokenizer import build_tokenizer
+from pyro.infer.autoguide import AutoNormal
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -267,6 +268,17 @@ def test_a_method_with_a_function_is_found_again_in_another_process():
         return Method("mine", KroneckerInducing(core=core), MatrixNormal())
 
     assert comparison._settings(method()) == comparison._settings(method())
+
+
+def test_a_guide_of_a_function_is_another_one_if_its_code_or_its_values_are():
+    def method(scale):
+        def guide(model):
+            return AutoNormal(model, init_scale=scale)
+
+        return Method("mine", KroneckerInducing(), guide)
+
+    first, again, other = map(comparison._settings, map(method, (0.1, 0.1, 0.5)))
+    assert first == again != other
 
 
 def test_a_split_of_one_row_holds_nothing_out_for_the_next(encoder):

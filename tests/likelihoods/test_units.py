@@ -17,6 +17,8 @@ from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import CheckpointError
 from pyro_blora.likelihoods import Likelihood, NumberCollator, Ordinal, Regression
 from pyro_blora.likelihoods.reading import head_logits
+from pyro_blora.network.pretrained import load_network
+from pyro_blora.network.targets import LABELS
 from pyro_blora.prediction import Prediction
 
 
@@ -104,13 +106,16 @@ def test_cuts_come_back_from_an_export(tmp_path):
     expected = predicted(blora, "order").probs
     blora.export_peft(tmp_path)
     net, options = blora.unwrap(), {"tokenizer": TOKENIZER}
-    another = BayesianLoRA.from_peft(net, tmp_path)  # a Regression, to which it means nothing
-    assert float(another.model.mean_temperature) == 1
+    another = BayesianLoRA.from_peft(net, tmp_path, likelihood=Regression())
+    assert float(another.model.mean_temperature) == 1  # to which the saved one means nothing
     net = another.unwrap()
     with pytest.raises(CheckpointError, match=r"has cuts of \(3,\), but Ordinal"):
         BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=5))
-    again = BayesianLoRA.from_peft(net, tmp_path, likelihood=Ordinal(num_classes=4), **options)
-    torch.testing.assert_close(predicted(again, "order").probs, expected, atol=1e-5, rtol=1e-4)
+    for given in (Ordinal(num_classes=4), None):
+        again = BayesianLoRA.from_peft(net, tmp_path, likelihood=given, **options)
+        found = predicted(again, "order").probs
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        net = again.unwrap()
 
 
 def test_a_head_that_was_trained_before_keeps_its_unit_when_it_was_saved(tmp_path):
@@ -223,3 +228,13 @@ def test_quantiles_of_counts_are_counts(rate):
     prediction = Prediction(torch.full((1, 2), rate).log(), lambda log: Counted(log.exp()))
     for level in (0.01, 0.05, 0.5, 0.95):
         assert prediction.quantile(level).tolist() == [poisson.ppf(level, rate)] * 2
+
+
+def test_several_labels_come_back_from_an_export_that_names_its_base(tmp_path):
+    NETS["labels"]().save_pretrained(tmp_path / "base")
+    blora = adapter("labels", net=load_network(str(tmp_path / "base"), num_labels=3, head=LABELS))
+    fit(blora, ROWS["labels"], **FEW)
+    expected = predicted(blora, "labels").probs
+    blora.export_peft(tmp_path / "lora")
+    again = BayesianLoRA.from_peft(tmp_path / "lora", tokenizer=TOKENIZER)
+    torch.testing.assert_close(predicted(again, "labels").probs, expected, atol=1e-5, rtol=1e-4)
