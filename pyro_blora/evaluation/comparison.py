@@ -5,10 +5,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import getclosurevars
 from itertools import product
 from os import PathLike
 from pathlib import Path
 from statistics import mean, stdev
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -424,12 +426,11 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
 
 
 def _settings(method: Method) -> str:
-    shown = re.sub(r" at 0x[0-9a-f]+", "", repr(method))  # addresses differ in each process
-    function: Any = method.guide
-    if (code := getattr(function, "__code__", None)) is None:
-        return shown
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    return f"{shown} {_digest((code.co_code, code.co_names, code.co_consts, cells))}"
+    parts: list[Any] = [method]
+    if isinstance(method.guide, FunctionType):  # whose repr does not say what it does
+        code, read = method.guide.__code__, getclosurevars(method.guide)
+        parts += [code.co_code.hex(), code.co_consts, read.nonlocals, read.globals]
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(map(repr, parts)))  # differ in each process
 
 
 def train_and_score(

@@ -111,13 +111,13 @@ class Regression(Likelihood):
         self.scale = self.scale or spread
 
     def get_extra_state(self) -> Tensor:
-        """The unit, NaN where there is none, which ``state_dict`` has beside the noise."""
-        unit = [math.nan if each is None else each for each in (self.loc, self.scale)]
+        """The unit, infinite where there is none, which ``state_dict`` has beside the noise."""
+        unit = [math.inf if each is None else each for each in (self.loc, self.scale)]
         return torch.tensor(unit, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes the unit of a ``state_dict``."""
-        self.loc, self.scale = (None if math.isnan(each) else each for each in state.tolist())
+        self.loc, self.scale = (None if math.isinf(each) else each for each in state.tolist())
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The standardized mean and the logarithm of the noise, ``(B, 2)``."""
