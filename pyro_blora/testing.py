@@ -355,6 +355,18 @@ class LikelihoodContract(_Contract):
             same = all(map(torch.equal, before, after))
             assert same, "distribution() reads parameters; pass them through logits()."
 
+    def test_each_parameter_has_a_role_and_a_gradient(self) -> None:
+        """``roles`` names the learned parameters, all of which the labels' density depends on."""
+        blora, batch = self.adapted(), self.batch(4)
+        learned = dict(blora.likelihood.named_parameters())
+        names = {name.removesuffix("_unconstrained") for name in learned}
+        roles = {*blora.likelihood.roles}
+        assert names == roles, f"roles must name {sorted(names)}, got {sorted(roles)}."
+        site = poutine.trace(blora.model).get_trace(batch).nodes["labels"]
+        site["fn"].log_prob(site["value"]).sum().backward()
+        still = [name for name, parameter in learned.items() if parameter.grad is None]
+        assert not still, f"No gradient reaches {still}; pass them through logits()."
+
     def test_each_row_has_its_own_label(self) -> None:
         """Rows are independent, labels matter, and gradients reach the update."""
         blora, batch = self.adapted(), self.batch(4)

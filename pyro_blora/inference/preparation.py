@@ -95,8 +95,9 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
         return usual if share is None else share
     if share:
         raise ConfigurationError(
-            f"held_out={share} must have examples with labels, got a loader or a likelihood of "
-            "text; leave it out, and call blora.calibrate(data, collate) for labels."
+            f"held_out={share} must have rows and a likelihood with a temperature, got a "
+            f"{type(train).__name__} and {type(blora.likelihood).__name__}; leave it out, and call "
+            "blora.calibrate(rows) after training if the likelihood has tempered()."
         )
     if usual and share is None:
         warnings.warn(

@@ -147,7 +147,7 @@ def test_what_cannot_be_held_out_is_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(blora, loader, num_steps=1, held_out=0.0, progress=False)
-    with pytest.raises(ConfigurationError, match=r"held_out=0.5 must have examples with labels"):
+    with pytest.raises(ConfigurationError, match=r"held_out=0.5 must have rows and a likelihood"):
         fit(blora, loader, num_steps=1, held_out=0.5, progress=False)
     with pytest.raises(ConfigurationError, match=r"held_out must be a share in \[0, 1\), got 1"):
         fit(blora, items(), num_steps=1, held_out=1.0, progress=False)
