@@ -15,6 +15,8 @@ from pyro_blora.models import UpdateModel
 
 T = TypeVar("T")
 
+LINEARIZED = 256  # draws of the linearized network, which cost no passes
+
 
 @dataclass(frozen=True)
 class Method:
@@ -34,7 +36,8 @@ class Method:
     held_out: float | None = (
         None  #: share that ``fit`` calibrates with; by default the likelihood's
     )
-    num_samples: int | None = None  #: draws of a prediction; by default 10, or 0 for a point
+    #: draws of a prediction; by default 10, but 0 for a point, and 256 if linearized
+    num_samples: int | None = None
     linearized: bool = False  #: whether predictions use the linearized network
 
     def with_rank(self, rank: int) -> "Method":
@@ -44,11 +47,12 @@ class Method:
         return replace(self, prior=type(self.prior)(**options))
 
     def draws(self, num_samples: int | None = None, default: int = 10) -> int:
-        """The number of posterior draws for a prediction: as passed, the method's own, or 10."""
+        """The number of posterior draws for a prediction: as passed, the method's, or its usual."""
         if num_samples is None:
             num_samples = self.num_samples
         if num_samples is None:
-            num_samples = 0 if getattr(self.guide, "is_point", False) else default
+            is_point = getattr(self.guide, "is_point", False)
+            num_samples = 0 if is_point else LINEARIZED if self.linearized else default
         check_count("num_samples", num_samples, 0)
         return num_samples
 

@@ -30,7 +30,7 @@ from pyro_blora.evaluation.results import Row, read, write
 from pyro_blora.inference import FitResult, fit
 from pyro_blora.inference.post_hoc import complete
 from pyro_blora.likelihoods import Collate, Likelihood, MultipleChoice, usual_likelihood
-from pyro_blora.methods import Method, get_method
+from pyro_blora.methods import LINEARIZED, Method, get_method
 from pyro_blora.network.pretrained import choose_precision, load_for
 from pyro_blora.network.targets import CLASS, TEXT, is_classifier, kind_of_head, logit_names
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
@@ -67,7 +67,7 @@ VIEWS = {
     "temperature": View(is_rescaled=True),
     "best": View("best"),
     "mean": View(num_samples=0),
-    "linearized": View(num_samples=256, linearized=True),  # draws cost no passes
+    "linearized": View(num_samples=LINEARIZED, linearized=True),
     "distilled": View("distilled", 0),
 }
 
