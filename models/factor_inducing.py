@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from torch.nn.functional import normalize
 
 from pyro_blora import updates
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.models._update_model import UpdateModel
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.updates import LowRankUpdate, Side
@@ -81,8 +82,18 @@ class FactorInducing(UpdateModel):
         noise_init: float = 0.1,
     ) -> None:
         super().__init__()
-        self.check_positive("rank", "sigma", "lambda_init", "noise_init")
-        self.size = self.rank if inducing is None else inducing  # m
+        if not 0 < lambda_init < _LAMBDA_MAX:
+            raise ConfigurationError(
+                f"lambda_init={lambda_init!r} must be between 0 and {_LAMBDA_MAX}."
+            )
+        self.check_positive("rank", "sigma", "noise_init")
+        if not 1 <= self.size <= rank:
+            raise ConfigurationError(f"inducing={inducing!r} must be between 1 and rank={rank!r}.")
+
+    @property
+    def size(self) -> int:
+        """``m``."""
+        return self.rank if self.inducing is None else self.inducing
 
     def setup(self, group: LayerGroup) -> None:
         """Registers ``Z`` (n x m x d), ``D`` (n x m) and lambda (n) of each factor; sigma (n)."""

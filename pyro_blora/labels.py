@@ -129,11 +129,11 @@ def parts_of(rows: Any) -> list[Any]:
 
 def classes_of(rows: Any, column: str = "label") -> list[str]:
     """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
-    kinds = [
-        None if _is_renumbered(part, column) else features_of(part).get(column)
-        for part in parts_of(rows)
-    ]
+    parts = parts_of(rows)
+    kinds = [features_of(part).get(column) for part in parts]
     every = [getattr(getattr(kind, "feature", kind), "names", None) for kind in kinds]  # or lists
+    if any(every) and any(_is_renumbered(part, column) for part in parts):
+        return []
     if any(names != every[0] for names in every):
         raise DataError(
             f"The parts of a data set must number their classes alike, got {every[0]} and others."
@@ -145,8 +145,13 @@ def _is_renumbered(part: Any, column: str) -> bool:
     """Whether a transform of a ``datasets.Dataset`` makes other numbers of those in a column."""
     if column not in features_of(part) or getattr(part, "format", {}).get("type") != "custom":
         return False
-    stored, few = part.with_format(None), range(min(len(part), 64))
-    return any(_plain(part[k].get(column)) not in (stored[k][column], None) for k in few)
+    stored, few = part.with_format(None), range(0, len(part), len(part) // 64 + 1)
+    made = ((part[k].get(column), stored[k][column]) for k in few)
+    return any(label is not None and _listed(label) != was for label, was in made)
+
+
+def _listed(label: Any) -> Any:
+    return label.tolist() if hasattr(label, "tolist") else label
 
 
 def features_of(rows: Any) -> Mapping[str, Any]:

@@ -18,13 +18,15 @@ def keys_of(rows: Any) -> list[str]:
     That is its text, its token ids, its question, or if it has none of these columns all of its
     texts and tensors, unless most rows share them. A few questions with the same choices are twins,
     such as the sentences of a WinoGrande pair, and share the choices alone. Pairs of texts share
-    their prompt, which may have several, unless one has more than an eighth of them.
+    their prompt, which may have several, unless it has more than an eighth of them.
     """
     contents = [_content(rows[k]) for k in range(len(rows))]
     if len(rows) and isinstance(rows[0], Mapping) and "chosen" in rows[0]:
-        most = max(Counter(prompt for _, prompt in filter(None, contents)).values())
-        by = int(8 * most <= len(rows))  # a prompt of many would hold out most rows, or none
-        return [each[by] if each else f"row {k}" for k, each in enumerate(contents)]
+        prompts = Counter(prompt for _, prompt in filter(None, contents))
+        for k, each in enumerate(contents):  # a prompt of many would hold out most rows, or none
+            if each and 8 * prompts[each[1]] > len(rows):
+                contents[k] = (each[0], f"{each[1]}\n{each[0]}")
+        return [each[1] if each else f"row {k}" for k, each in enumerate(contents)]
     others = [text for question, text in filter(None, contents) if not question]
     if 2 * len(set(others)) < len(others):  # classes or constants, which do not tell rows apart
         contents = [each if each and each[0] else None for each in contents]

@@ -10,7 +10,7 @@ from itertools import product
 from os import PathLike
 from pathlib import Path
 from statistics import mean, stdev
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -429,7 +429,9 @@ def _settings(method: Method) -> str:
     parts: list[Any] = [method]
     if isinstance(method.guide, FunctionType):  # whose repr does not say what it does
         code, read = method.guide.__code__, getclosurevars(method.guide)
-        parts += [code.co_code.hex(), code.co_consts, read.nonlocals, read.globals]
+        constants = [each for each in code.co_consts if not isinstance(each, CodeType)]
+        parts += [code.co_code.hex(), code.co_names, constants, read.nonlocals, read.globals]
+        parts += [method.guide.__defaults__, method.guide.__kwdefaults__]
     return re.sub(r" at 0x[0-9a-f]+", "", " ".join(map(repr, parts)))  # differ in each process
 
 

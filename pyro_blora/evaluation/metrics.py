@@ -211,6 +211,8 @@ def out_of_scope(
         raise ConfigurationError(
             f"out_of_scope must have one label of each item, got {tuple(known.shape)}."
         )
+    if not 0 < recall <= 1:
+        raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
     answered = math.ceil(recall * len(known) - 1e-9)
     threshold = known.sort().values[answered - 1]
     rate = float((unknown <= threshold).double().mean())
@@ -238,8 +240,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 2 / log 3
         1.8205
     """
-    logits, items = logits.double(), torch.arange(len(logits))
-    temperature = best_temperature(logits - logits[items, labels.long()].unsqueeze(1))
+    temperature = best_temperature(
+        logits.double() - logits.double().gather(1, labels.long()[:, None])
+    )
     if temperature < 0.0101:
         warnings.warn(
             f"The temperature must be above 0.01, got {temperature:.3g} (a scale of 100): the "

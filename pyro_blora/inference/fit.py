@@ -122,7 +122,7 @@ def fit(
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites. It is
             raised within ten steps, and before anything is saved.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
-        ConfigurationError: an option is out of range or has no effect, or the number of examples
+        ConfigurationError: an option is out of range, or the number of examples
             is unknown.
         DataError: a row or a column cannot be used. After every error before the last step the
             adapter is put back to where it was; an interrupt leaves what was learned.

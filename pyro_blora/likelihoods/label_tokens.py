@@ -12,7 +12,7 @@ from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item, Template
 from pyro_blora.labels import check_places
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator
+from pyro_blora.likelihoods._prompts import PromptCollator, is_from
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
 
@@ -73,7 +73,7 @@ class LabelTokens(Likelihood):
         """Checks the rows; their choices must have the order of the training's."""
         collate = super().read(rows, collate, net, labeled=labeled, training=training)
         letters = True
-        if isinstance(collate, LabelTokensCollator):
+        if isinstance(collate, LabelTokensCollator) and is_from(collate, "pyro_blora."):
             letters = all(len(word.strip()) == 1 for word in collate.template.label_words)
         if not letters:  # which stand for any choices
             first = rows[0]

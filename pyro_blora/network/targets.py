@@ -192,7 +192,7 @@ def find_targets(
     raise NoTargetError(
         f"target_modules={target_modules!r} matches {len(named)} linear layers, of which "
         "exclude_modules and layers_to_transform leave none. A list has suffixes, and a string is "
-        f"a regular expression for whole names; {near_miss(names[0], endings)}."
+        f"a regular expression for whole names; {near_miss((*names, '')[0], endings)}."
     )
 
 

@@ -130,6 +130,11 @@ class BayesianLoRAModel(PyroModule):
         bound = {group.name: priors[group.name].bind(group) for group in groups}
         self.likelihood = likelihood.bind(self.groups[0].device, fast=fast)
         for name, update_model in bound.items():
+            if hasattr(self, name):
+                raise ConfigurationError(
+                    f"Layers must not be called {name!r}, the name of a part of the model; leave "
+                    "them out with exclude_modules, or rename them in the network."
+                )
             setattr(self, name, update_model)
         self.trained_heads = TrainedHeads(net, heads)
         # divisors of scores of draws, and of the mean: calibrate() sets both, distill() the second

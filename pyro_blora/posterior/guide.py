@@ -173,6 +173,12 @@ def make_guide(
     is_family = isinstance(family, type) and issubclass(family, SiteGuide)
     guide = family(model) if callable(family) and not is_family else family
     check_kind("guide", guide, nn.Module)
+    laplace = isinstance(guide, AutoLaplaceApproximation)
+    if laplace and any(u.is_noisy for u in torch.no_grad()(model.updates)().values()):
+        raise ConfigurationError(
+            "AutoLaplaceApproximation must have a prior whose density is the same at every call, "
+            "got one that draws noise in each; pass conditional='deterministic'."
+        )
     return cast(nn.Module, guide)
 
 

@@ -131,6 +131,10 @@ def test_prompts_of_many_pairs_do_not_decide_what_is_held_out():
     for prompts in (["film", "book"], ["book", "film"], "abc"):
         pairs = [{**row, "prompt": prompts[k % 10 % len(prompts)]} for k, row in enumerate(PAIRS)]
         assert len(hold_out(pairs, 0.25)[1]) == 18
+    same = {"chosen": "yes", "rejected": "no"}
+    asked = [{**same, "prompt": "Is it?"}] * 9 + [{**same, "prompt": f"{k}?"} for k in range(31)]
+    assert len(set(keys_of(asked))) == 32
+    assert keys_of(asked)[9:] == keys_of(asked[9:])
 
 
 def test_choices_or_a_prompt_that_many_rows_share_do_not_tie_them():
