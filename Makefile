@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
 # The built-in commonsense set, six epochs in 300 steps, as docs/hyperparameters.md advises. Two trainings, whose steps
-# have four examples, fit into six minutes on two cores in single precision; LoRA's temperature needs no third.
+# have four examples, fit into seven minutes on two cores in single precision; LoRA's temperature needs no third.
 DEMO := --model smollm2 --task facts --methods lora,temperature:lora,bayesian-lora --seeds 0 \
 	--max-steps 300 --batch-size 4 --num-samples 10 \
 	--max-train 200 --max-validation 50 --max-test 100 --out out/demo
@@ -14,9 +14,9 @@ DEMO := --model smollm2 --task facts --methods lora,temperature:lora,bayesian-lo
 .PHONY: help demo check test test-lowest lint docs dist clean
 
 help:
-	@echo "make demo   install into .venv, fine-tune SmolLM2-135M as LoRA and as the default, compare (about 6 minutes on two cores)"
+	@echo "make demo   install into .venv, fine-tune SmolLM2-135M as LoRA and as the default, compare (about 7 minutes on two cores)"
 	@echo "make check  lint, check types, and run the exactness and contract tests (two and a half minutes on two cores)"
-	@echo "make test   install into .venv and run the linter, the type checker and the tests (about 6 minutes)"
+	@echo "make test   install into .venv and run the linter, the type checker and the tests (about 8 minutes)"
 	@echo "make test-lowest  run the tests on the oldest releases that setup.cfg allows"
 	@echo "make docs   install into .venv and build the site, out/docs/index.html"
 	@echo "make dist   build the wheel and the sdist, check them, try the wheel in a clean environment"
