@@ -8,6 +8,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
 from torch import Tensor
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
@@ -66,6 +67,11 @@ class Amortized(MeanField):
         """Registers the normals and the network that shifts them."""
         super().setup(site)
         size = self.context_size or site.context_size
+        if size < 1:
+            raise ConfigurationError(
+                "Amortized: the network has no input embeddings; give batches a 'context' (B x d) "
+                "and pass context_size=d."
+            )
         zeros = torch.zeros(*self.loc.shape, self.hidden, device=self.loc.device)
         weight = torch.randn(self.hidden, size, device=self.loc.device)
         self.hidden_weight = PyroParam(weight * size**-0.5)

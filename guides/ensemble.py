@@ -8,6 +8,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_blora.distributions import Members
+from pyro_blora.errors import check_count
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 
@@ -44,6 +45,7 @@ class Ensemble(SiteGuide):
 
     def __init__(self, *, members: int = 5, spread: float = 0.1) -> None:
         super().__init__()
+        check_count("Ensemble: members", members, 2, "; use Delta for one")
 
     def setup(self, site: Site) -> None:
         """Registers ``points`` around the prior's mean."""

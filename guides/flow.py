@@ -14,6 +14,7 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, ReshapeTransform
 from torch.func import functional_call, stack_module_state
 
+from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.guides.mean_field import MeanField
 
@@ -69,6 +70,11 @@ class Flow(MeanField):
         init_scale: float = 0.01,
     ) -> None:
         super().__init__(init_scale=init_scale)
+        if not flows or isinstance(flows, str):
+            raise ConfigurationError(f"Flow: flows={flows!r} must be a tuple of transforms.")
+        for flow in flows:
+            if isinstance(flow, str) and flow not in FLOWS:
+                raise ConfigurationError(f"Flow: {flow!r} is unknown; {near_miss(flow, FLOWS)}.")
         # the chain of one layer, and the attributes that hold its tensors for all layers
         self._chain: tuple[Chain, dict[str, str]] | None = None
 

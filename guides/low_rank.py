@@ -9,6 +9,7 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.distributions import Reshaped
+from pyro_blora.errors import check_count
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 
@@ -40,6 +41,7 @@ class LowRank(SiteGuide):
 
     def __init__(self, *, rank: int = 4, init_scale: float = 0.01) -> None:
         super().__init__(init_scale=init_scale)
+        check_count("LowRank: rank", rank)
 
     def setup(self, site: Site) -> None:
         """Registers ``loc`` at the prior's mean, ``factor`` and ``scale``."""

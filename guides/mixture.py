@@ -9,6 +9,7 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.distributions import NormalMixture
+from pyro_blora.errors import check_count
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 
@@ -46,6 +47,7 @@ class Mixture(SiteGuide):
         self, *, components: int = 3, init_scale: float = 0.01, spread: float = 0.01
     ) -> None:
         super().__init__(init_scale=init_scale)
+        check_count("Mixture: components", components, 2, "; use MeanField for one")
 
     def setup(self, site: Site) -> None:
         """Registers ``locs`` around the prior's mean, and ``scales``."""

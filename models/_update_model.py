@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
-from pyro_blora.errors import ConfigurationError, check_kind
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import LayerGroup
 from pyro_blora.options import Options
 from pyro_blora.updates import LowRankUpdate
@@ -87,6 +87,12 @@ class UpdateModel(Options, PyroModule):
         bound = type(self)(**copy.deepcopy(self.options()))
         bound.group = group
         bound.setup(group)
+        names = {n.removesuffix("_unconstrained") for n, _ in bound.named_parameters("", False)}
+        if stray := sorted(names - bound._pyro_params.keys()):
+            raise ConfigurationError(
+                f"{type(self).__name__}.setup registers {stray} as nn.Parameter; make each a "
+                "pyro.nn.PyroParam."
+            )
         return bound
 
     def setup(self, group: LayerGroup) -> None:
@@ -130,17 +136,23 @@ class UpdateModel(Options, PyroModule):
                 f"{group.d_in}; lower it, or leave the group out with exclude_modules."
             )
 
-    def check_update(self, update: Any) -> None:
+    def check_update(self, update: object) -> None:
         """Raises an error unless ``update`` is an update of this group."""
-        check_kind(f"{type(self).__name__}.forward()", update, LowRankUpdate)
-        group, got = self.group, [tuple(factor.shape[-3:]) for factor in update.factors]
-        r_c, r_r = update.A.shape[-2], update.B.shape[-1]
-        wanted = [(group.n, r_c, group.d_in), (group.n, group.d_out, r_r), (group.n, r_r, r_c)]
-        if got != wanted[: len(got)] or (update.core is None and r_r != r_c):
-            raise ConfigurationError(
-                f"group {group.name!r}: {type(self).__name__}.forward() must return A, B and core "
-                f"of shapes that end in {wanted}, got {got}."
-            )
+        n, d_out, d_in = self.group.n, self.group.d_out, self.group.d_in
+        got = f"a {type(update).__name__}"
+        if isinstance(update, LowRankUpdate):
+            A, B = tuple(update.A.shape), tuple(update.B.shape)
+            core = None if update.core is None else tuple(update.core.shape)
+            r_c, r_r = A[-2:-1], B[-1:]
+            between = r_r == r_c if core is None else core[-3:] == (n, *r_r, *r_c)
+            if between and A[-3:] == (n, *r_c, d_in) and B[-3:] == (n, d_out, *r_r):
+                return
+            got = f"A {A}, B {B}, core {core}"
+        raise ConfigurationError(
+            f"group {self.group.name!r}: {type(self).__name__}.forward must return a LowRankUpdate "
+            f"of B (..., {n}, {d_out}, r), A (..., {n}, r, {d_in}) and core (..., {n}, r, r) or "
+            f"None, got {got}."
+        )
 
     def site(self, name: str) -> str:
         """The full name of a site of this group: ``"q_proj.V"``."""

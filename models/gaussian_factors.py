@@ -55,7 +55,6 @@ class GaussianFactors(UpdateModel):
     ) -> None:
         super().__init__()
         self.check_positive("rank", "sigma", *(() if alpha is None else ("alpha",)))
-        self._scale = 2.0 if alpha is None else alpha / self.rank
 
     def setup(self, group: LayerGroup) -> None:
         """Registers the factor that is not random, and keeps the start of a random ``A``."""
@@ -84,6 +83,10 @@ class GaussianFactors(UpdateModel):
             else:
                 setattr(self, name, value)
         return starts
+
+    @property
+    def _scale(self) -> float:
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def _factor(self, name: str, rows: int, columns: int) -> Tensor:
         if self.random not in (name, "both"):

@@ -11,7 +11,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pyro_blora.errors import ConfigurationError
+from pyro_blora.errors import ConfigurationError, near_miss
 from pyro_blora.models._update_model import Core
 from pyro_blora.models.kronecker_inducing import KroneckerInducing
 from pyro_blora.network.targets import LayerGroup, top_singular
@@ -71,6 +71,8 @@ class KernelInducing(KroneckerInducing):
         "E_c": "direction",
     }
     no_start: ClassVar[str] = "its directions come from kernels"
+    row_kernel: str | Kernel
+    col_kernel: str | Kernel
 
     def __init__(
         self,
@@ -85,22 +87,21 @@ class KernelInducing(KroneckerInducing):
         noise_init: float = 0.1,
     ) -> None:
         super().__init__(rank=rank, sigma=sigma, core=core, noise_init=noise_init)
+        self.check_positive("embedding_size")
+        for kernel in (row_kernel, col_kernel):
+            if isinstance(kernel, str) and kernel not in KERNELS:
+                raise ConfigurationError(
+                    f"kernel {kernel!r} is unknown; {near_miss(kernel, KERNELS)}. Or give a "
+                    "GPyTorch kernel."
+                )
 
     def setup(self, group: LayerGroup) -> None:
         """Registers ``E`` (n x d x k), ``Z`` (n x m x k), ``D`` (n x m), sigma and the kernels."""
         self.roles = dict(type(self).roles)  # type: ignore[misc]
         self._parts: dict[str, tuple[_Covariances, dict[str, str]]] = {}
         super().setup(group)
-        for side, kernel in {"r": self.row_kernel, "c": self.col_kernel}.items():
-            if isinstance(kernel, str):
-                kernel = KERNELS[kernel](batch_shape=torch.Size([group.n]))
-            covariances = _Covariances(kernel).to(group.device)
-            names = {}
-            for name, parameter in covariances.named_parameters():
-                names[name] = f"kernel_{side}_" + name.replace(".", "_")
-                self.roles[names[name]] = "scale"
-                setattr(self, names[name], PyroParam(parameter.detach().clone()))
-            self._parts[side] = (covariances, names)
+        self._set_kernel("r", self.row_kernel)
+        self._set_kernel("c", self.col_kernel)
 
     def _directions(self, side: str, m: int, d: int) -> Tensor:
         """Registers the embedding and chooses the inducing points from it."""
@@ -116,6 +117,17 @@ class KernelInducing(KroneckerInducing):
         setattr(self, f"E_{side}", PyroParam(E.to(self.group.device)))
         points = torch.stack([embeddings[torch.randperm(d)[:m]] for embeddings in E])
         return points.to(self.group.device)
+
+    def _set_kernel(self, side: str, kernel: str | Kernel) -> None:
+        if isinstance(kernel, str):
+            kernel = KERNELS[kernel](batch_shape=torch.Size([self.group.n]))
+        covariances = _Covariances(kernel).to(self.group.device)
+        names = {}
+        for name, parameter in covariances.named_parameters():
+            names[name] = f"kernel_{side}_" + name.replace(".", "_")
+            self.roles[names[name]] = "scale"
+            setattr(self, names[name], PyroParam(parameter.detach().clone()))
+        self._parts[side] = (covariances, names)
 
     def _whitened(self, side: str) -> tuple[Tensor, Tensor]:
         covariances, names = self._parts[side]

@@ -65,12 +65,12 @@ class CheckpointError(ValueError):
     """A saved adapter is corrupt, incomplete or belongs to another base network."""
 
 
-def check_count(option: str, value: object, least: int = 1) -> None:
+def check_count(option: str, value: object, least: int = 1, remedy: str = "") -> None:
     """Checks that a count is a whole number of at least ``least``."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < least:  # type: ignore[operator]
         wanted = f"at least {least}" if whole else f"a whole number, {least} or more"
-        raise ConfigurationError(f"{option} must be {wanted}, got {value!r}.")
+        raise ConfigurationError(f"{option} must be {wanted}, got {value!r}{remedy}.")
 
 
 def check_positive(option: str, value: object) -> None:

@@ -147,11 +147,12 @@ def _is_renumbered(part: Any, column: str) -> bool:
         return False
     stored, few = part.with_format(None), range(0, len(part), len(part) // 64 + 1)
     made = ((part[k].get(column), stored[k][column]) for k in few)
-    return any(label is not None and _listed(label) != was for label, was in made)
+    return any(label is not None and listed(label) != was for label, was in made)
 
 
-def _listed(label: Any) -> Any:
-    return label.tolist() if hasattr(label, "tolist") else label
+def listed(value: Any) -> Any:
+    """A list or a number in place of a tensor or an array."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def features_of(rows: Any) -> Mapping[str, Any]:

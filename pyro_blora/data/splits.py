@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from pyro_blora.items import Item
+from pyro_blora.labels import listed
 
 _TEXTS = ("text", "text_pair", "prompt", "completion", "tokens")
 _LABELS = ("label", "labels", "id", "idx")  # which do not tell whether two rows are of one text
@@ -51,22 +52,18 @@ def _content(row: Any) -> tuple[str, str] | None:
         prompt = read.get("prompt")  # in a data frame, one that is missing is a NaN
         return pair, (_plain(prompt) if isinstance(prompt, str) else "") or pair
     if "input_ids" in read:
-        ids = _listed(read["input_ids"])
-        text = str([*map(_listed, ids)])
+        ids = listed(read["input_ids"])
+        text = str([*map(listed, ids)])
     elif {"text", "prompt", "tokens"} & set(read):
-        texts = [_listed(read.get(name)) for name in _TEXTS]  # where None and a NaN are no texts
+        texts = [listed(read.get(name)) for name in _TEXTS]  # where None and a NaN are no texts
         text = "\n".join(_plain(each) for each in texts if isinstance(each, str | list | tuple))
     else:
         values = [*row] if isinstance(row, tuple | list) else []
         values += [value for name, value in read.items() if name not in _LABELS]
-        parts = [_listed(value) for value in values]
+        parts = [listed(value) for value in values]
         text = "\n".join(_plain(part) for part in parts if isinstance(part, str | list | tuple))
         return ("", text) if text else None
     return (text, text) if text else None
-
-
-def _listed(ids: Any) -> Any:
-    return ids.tolist() if hasattr(ids, "tolist") else ids
 
 
 def _plain(text: Any) -> str:

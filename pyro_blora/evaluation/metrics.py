@@ -52,15 +52,6 @@ def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
     return scores
 
 
-def _known_doubts(prediction: Prediction | Generation, by: str) -> dict[str, Tensor]:
-    """The doubts, after a check that ``by`` is one of them."""
-    if by not in (known := doubts(prediction)):
-        raise ConfigurationError(
-            f"by must be one of {', '.join(known)}, got {by!r}; mutual information needs two draws."
-        )
-    return known
-
-
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
     r"""The error rate of a classifier that answers only the items it is most certain about.
 
@@ -146,12 +137,23 @@ def threshold_for(
         raise ConfigurationError(
             f"risk and confidence must be between 0 and 1, got {risk} and {confidence}."
         )
-    scores = _known_doubts(prediction, by)
-    texts, shape = isinstance(prediction, Generation), tuple(scores[by].shape)
-    if labels.shape != shape or texts != (labels.dtype == torch.bool):
+    scores = doubts(prediction)
+    if "stddev" in scores:
+        raise ConfigurationError("threshold_for must have classes or texts, got numbers.")
+    if by not in scores:
+        known = " or ".join(map(repr, scores))
         raise ConfigurationError(
-            f"labels must be {'boolean (is the text right?)' if texts else 'classes'}, {shape}, "
-            f"got {labels.dtype}, {tuple(labels.shape)}."
+            f"by must be {known}, got {by!r}; mutual information needs two draws or more."
+        )
+    if labels.shape != scores[by].shape:
+        raise ConfigurationError(
+            f"labels must be one for each of {len(scores[by])} answers, got {tuple(labels.shape)}."
+        )
+    texts = isinstance(prediction, Generation)
+    if texts != (labels.dtype == torch.bool):
+        raise ConfigurationError(
+            "labels must be boolean (is the text right?) for a Generation alone, got "
+            f"{labels.dtype} for a {type(prediction).__name__}."
         )
     right = labels.cpu() if texts else prediction.predictions.cpu() == labels.cpu()
     given = right.new_ones(right.shape) if texts or labels.dim() == 1 else labels.cpu() >= 0
@@ -206,13 +208,16 @@ def out_of_scope(
 
         print(out_of_scope(blora.predict(questions), blora.predict(others)))
     """
-    known, unknown = (_known_doubts(each, by)[by].double().cpu() for each in (inside, outside))
+    names = doubts(inside).keys() & doubts(outside).keys()
+    if by not in names:
+        raise ConfigurationError(f"by must be one of {sorted(names)}, got {by!r}.")
+    if not 0 < recall <= 1:
+        raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
+    known, unknown = (doubts(each)[by].double().cpu() for each in (inside, outside))
     if known.dim() > 1:
         raise ConfigurationError(
             f"out_of_scope must have one label of each item, got {tuple(known.shape)}."
         )
-    if not 0 < recall <= 1:
-        raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
     answered = math.ceil(recall * len(known) - 1e-9)
     threshold = known.sort().values[answered - 1]
     rate = float((unknown <= threshold).double().mean())
@@ -288,8 +293,14 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
     """
     if by == "random":
         return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
-    scores = _known_doubts(prediction, by)[by].reshape(len(prediction), -1)
-    return scores.sum(-1).argsort(descending=True, stable=True)
+    if by == "mutual_information" and prediction.num_samples < 2:
+        raise ConfigurationError(
+            "A single draw has no mutual information; predict with more, or rank by 'entropy'."
+        )
+    if by not in (known := doubts(prediction)):
+        raise ConfigurationError(f"by must be random or one of {', '.join(known)}, got {by!r}.")
+    scores = known[by].reshape(len(prediction), -1).sum(-1)  # of several labels
+    return scores.argsort(descending=True, stable=True)
 
 
 def effective_rank(update: LowRankUpdate) -> Tensor:

@@ -1,7 +1,6 @@
 """Shows generated text colored by its uncertainty, in a terminal or a notebook."""
 
 import math
-import re
 from bisect import bisect_right
 from typing import Any, Literal
 
@@ -24,7 +23,12 @@ _STYLES = (
     "underline #1d1c1a on #f4a95b",
     "underline #1d1c1a on #e5773f",
 )
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # which a terminal would obey
+# Control characters, which a terminal would obey, are replaced by their pictures
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
 
 def colored(
@@ -47,7 +51,7 @@ def colored(
         text, largest = text_of(ids[:end]), max(largest, value)
         if text.endswith("\ufffd") and end < start + len(values):
             continue  # the next token may complete the bytes of the character
-        piece = _CONTROLS.sub("\ufffd", text[len(before) :])
+        piece = text[len(before) :].translate(_PICTURES)
         word = piece.lstrip(" ") or piece
         shown.append(piece[: len(piece) - len(word)])
         shown.append(word, _STYLES[bisect_right(_STEPS[by], largest)])

@@ -122,7 +122,7 @@ def fit(
         NonFiniteLossError: the loss became NaN or infinite; the message names the sites. It is
             raised within ten steps, and before anything is saved.
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
-        ConfigurationError: an option is out of range, or the number of examples
+        ConfigurationError: an option is out of range or has no effect, or the number of examples
             is unknown.
         DataError: a row or a column cannot be used. After every error before the last step the
             adapter is put back to where it was; an interrupt leaves what was learned.
@@ -133,7 +133,7 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _UNLISTED}
     blora.model.check_attached()
-    _check(settings, validation)
+    _check(settings, validation, callback)
     before = Snapshot(blora)
     with before.put_back_after(Exception):
         run = prepare(
@@ -148,6 +148,12 @@ def fit(
         )
         num_steps = _steps(run.train, num_steps, num_epochs, batch_size)
         settings |= {"num_steps": num_steps, "held_out": run.share}
+        if keep_best and num_steps <= validate_every:
+            warnings.warn(
+                f"keep_best=True compares validations, but this run has only one, after all of its "
+                f"{num_steps} steps; choose a validate_every= below {validate_every}.",
+                stacklevel=3,  # past the wrapper of one_at_a_time
+            )
         begin_training(blora)
         stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         if seed is not None:
@@ -163,6 +169,8 @@ def fit(
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
         groups = parameter_groups(blora, run.rates, sizes)
+        if not groups:
+            raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
         validate = _validation(blora, run, batch_size, eval_samples)
         with running(blora, precision, training=True), torch.enable_grad():
             result = training_loop(
@@ -194,15 +202,21 @@ def fit(
     return result
 
 
-def _check(settings: Mapping[str, Any], validation: Any) -> None:
+def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
     """Checks the options of the loop; ``prepare`` checks the others."""
     for name in ("batch_size", "validate_every"):
         check_count(name, settings[name])
-    if settings["patience"] is not None:
-        check_count("patience", settings["patience"])
-    for name in ("keep_best", "patience"):
-        if validation is None and settings[name]:
-            raise ConfigurationError(f"{name}={settings[name]} needs validation=.")
+    for name, least in (("patience", 1), ("eval_samples", 0)):
+        if settings[name] is not None:
+            check_count(name, settings[name], least)
+    if callback is not None and not callable(callback):
+        raise ConfigurationError(f"callback must be a function, got {callback!r}.")
+    if validation is None and settings["keep_best"]:
+        raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
+    if validation is None and settings["patience"] is not None:
+        raise ConfigurationError(
+            f"patience={settings['patience']} needs validation=, to which it applies."
+        )
 
 
 def _validation(
@@ -239,5 +253,9 @@ def _steps(train: Any, num_steps: int | None, num_epochs: float | None, batch_si
             f"{num_steps} and {num_epochs}."
         )
     check_positive("num_epochs", num_epochs)
-    of_an_epoch: Any = steps_of_an_epoch(train, batch_size)
+    of_an_epoch = steps_of_an_epoch(train, batch_size)
+    if of_an_epoch is None:
+        raise ConfigurationError(
+            f"num_epochs={num_epochs} needs data with a length; pass num_steps= instead."
+        )
     return max(1, round(num_epochs * of_an_epoch))

@@ -160,6 +160,10 @@ class Likelihood(Options, PyroModule):
         if not ours or "data_names" not in self.options():
             return
         names = next(filter(None, (classes_of(rows, name) for name in ("label", "labels"))), [])
+        self.check_names(names, training)
+
+    def check_names(self, names: Sequence[str], training: bool) -> None:
+        """Refuses names of numbers in another order than in training, which keeps them."""
         check_places(names, self.data_names)
         if training:
             self.data_names = self.data_names or tuple(names)

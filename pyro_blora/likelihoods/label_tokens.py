@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item, Template
-from pyro_blora.labels import check_places
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import PromptCollator, is_from
 from pyro_blora.likelihoods.reading import check_causal, logits_at
@@ -72,15 +71,11 @@ class LabelTokens(Likelihood):
     ) -> Collate | None:
         """Checks the rows; their choices must have the order of the training's."""
         collate = super().read(rows, collate, net, labeled=labeled, training=training)
-        letters = True
-        if isinstance(collate, LabelTokensCollator) and is_from(collate, "pyro_blora."):
-            letters = all(len(word.strip()) == 1 for word in collate.template.label_words)
-        if not letters:  # which stand for any choices
+        ours = is_from(collate, "pyro_blora.")  # others may read other columns
+        if ours and isinstance(collate, LabelTokensCollator) and not collate.letters:
             first = rows[0]
             names = first.choices if isinstance(first, Item) else first["choices"]
-            check_places(names, self.data_names)
-            if training:
-                self.data_names = self.data_names or tuple(names)
+            self.check_names(names, training)
         return collate
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
@@ -119,11 +114,15 @@ class LabelTokensCollator(PromptCollator):
         """The likelihood of its batches."""
         return LabelTokens(token_ids=self.token_ids, num_data=num_data)
 
+    @property
+    def letters(self) -> bool:
+        """Whether the label words are letters, such as A and B, which stand for any choices."""
+        return all(len(word.strip()) == 1 for word in self.template.label_words)
+
     def check_items(self, items: Sequence[Item]) -> tuple[str, ...] | None:
         """Checks that all items have the same choices, which it returns."""
         words = tuple(word.strip().casefold() for word in self.template.label_words)
-        letters = all(len(word) == 1 for word in words)  # such as A and B, for any choices
-        known = self._choices
+        known, letters = self._choices, self.letters
         for item in items:
             choices = tuple(choice.strip().casefold() for choice in item.choices)
             classes = [words.index(c) if c in words else k for k, c in enumerate(choices)]

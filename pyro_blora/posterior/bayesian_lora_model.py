@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyro_blora.debts import ELBO_PLATE, is_enumerating
-from pyro_blora.errors import BatchError, ConfigurationError, check_kind
+from pyro_blora.errors import BatchError, ConfigurationError, ParticleError, check_kind
 from pyro_blora.guides._site_guide import Site
 from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.likelihoods._likelihood import Prepared
@@ -176,6 +176,10 @@ class BayesianLoRAModel(PyroModule):
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Starts the priors at ``B A`` by the layers' names, before the guide is made."""
+        if missing := [name for name in self.layer_names if name not in factors]:
+            raise ConfigurationError(
+                f"start must have (B, A) for each layer, got none for {', '.join(missing[:4])}."
+            )
         self.likelihood.trained_head.fill_(True)
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
@@ -283,6 +287,12 @@ class BayesianLoRAModel(PyroModule):
         count = particles.numel()
         if count > 1 and ELBO_PLATE not in open_plates():
             batch = repeat_batch(batch, count)
+        elif examples % count:
+            divisors = [d for d in range(1, examples + 1) if examples % d == 0]
+            raise ParticleError(
+                f"{examples} examples cannot be divided evenly among {count} particles. "
+                f"Choose num_particles from {divisors}, or drop the last incomplete batch."
+            )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
         # detached, because an AutoGuide keeps the result of its first call, and may be copied

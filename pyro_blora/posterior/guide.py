@@ -85,6 +85,8 @@ class StructuredGuide(PyroModule):
         self._plates = {n: pyro.plate(n, frame.size, dim=frame.dim) for n, frame in frames.items()}
         chosen: dict[str, SiteGuide] = by_group("guide", family, model.groups)
         families = list(chosen.values())
+        for each in families:  # an AutoGuide is for the whole model, not for one group
+            check_kind("guide", each, SiteGuide)
         self.reads_context = any(each.reads_context for each in families)
         self.couples_sites = any(each.couples_sites for each in families)
         self.is_symmetric = all(each.symmetric for each in families)

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from neighbors import NEIGHBORS, put, tree
 from safetensors.torch import load_file
 
 from pyro_blora.evaluation import comparison
@@ -90,3 +91,21 @@ def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
     text, again = compare(out, own[0], "--seeds", "1", *short)  # fewer are shown, none lost
     assert not re.search(r"\bmap\b", text)
     assert again == document
+
+
+COMPARING = ["--methods", "lora", "--seeds", "0", "--max-steps", 1, "--max-test", 3]
+
+
+def test_neighbors_are_as_they_were_and_a_file_in_the_way_stops_it(run_words, tmp_path):
+    out = tmp_path / "out"
+    put(out, NEIGHBORS)
+    before = tree(out)
+    run_words("compare", out, *COMPARING)
+    after = tree(out)
+    assert {name: after.get(name) for name in before} == before
+    assert after.keys() - before.keys()
+    put(out := tmp_path / "taken", [*NEIGHBORS, "results.json"])
+    before = tree(out)
+    _, err = run_words("compare", out, *COMPARING, codes=(2,))
+    assert "results.json" in err
+    assert tree(out) == before

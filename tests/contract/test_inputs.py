@@ -2,15 +2,20 @@
 
 from functools import partial
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import tiny
 import torch
 from own_classes import Plain
+from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import T5Config, T5ForConditionalGeneration
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField
-from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
+from pyro_blora.likelihoods import CausalLM, LabelTokens, Ordinal, SequenceClassification
 from pyro_blora.models import KroneckerInducing, Subspace
 from pyro_blora.updates import LowRankUpdate
 
@@ -29,6 +34,49 @@ def test_another_size_than_that_of_the_data_warns(way, tmp_path):
         run[way]()
 
 
+def test_an_adapter_that_is_off_is_not_trained(tmp_path):
+    blora = tiny.adapted(num_data=10)
+    before = tiny.trained(blora)
+    trainer = tiny.trainer(tmp_path, blora, ROWS, max_steps=1)
+    for train in (lambda: tiny.train(blora), trainer.train):
+        with blora.disable_adapter(), pytest.raises(ConfigurationError, match="adapter is off"):
+            train()
+    assert tiny.equal(tiny.trained(blora), before)
+
+
+NUMBERS = [
+    lambda: KroneckerInducing(rank=(2, 2.5)),
+    lambda: CausalLM(num_data=0),
+    lambda: LabelTokens(token_ids=[5, 6, 5]),
+    lambda: LabelTokens(token_ids=[-1, 5]),
+    lambda: LabelTokens(token_ids=[5, 6], num_data=12.5),
+    lambda: Ordinal(num_classes=1),
+]
+
+
+@pytest.mark.parametrize("call", NUMBERS)
+def test_an_option_out_of_range(call):
+    with pytest.raises(ConfigurationError):
+        call()
+
+
+def infinite():
+    net = tiny.llama()
+    net.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.inf
+    return net
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCABULARY, **sizes))
+
+
+def named_likelihood():
+    net = nn.Sequential()
+    net.q_proj, net.likelihood = nn.Linear(4, 4), nn.Linear(4, 4)
+    return net
+
+
 def broken(**members):
     return {"prior": type("Broken", (Plain,), members)()}
 
@@ -38,27 +86,48 @@ def returns(make):
     return broken(forward=lambda self: make(torch.zeros(2, 2, 16), torch.zeros(2, 16, 2)))
 
 
+def discrete(self):
+    with self.plate():
+        probs = torch.full((self.group.d_out, self.rank), 0.5)
+        B = pyro.sample(self.site("B"), dist.Bernoulli(probs).to_event(2))
+    return LowRankUpdate(A=self.A, B=B)
+
+
+NOISY = KroneckerInducing(rank=2, conditional="exact")
 CLASSES, SUBSPACE = {"likelihood": SequenceClassification()}, Subspace(rank=2)
 REFUSED = [
     (tiny.llama, {"prior": {"q_prj": SUBSPACE, ".*": SUBSPACE}}),
+    (tiny.llama, {"prior": {"q_proj": SUBSPACE}}),  # v_proj has none
     (tiny.llama, {"prior": {".*": KroneckerInducing(rank=9)}}),  # v_proj is 8 x 16
+    (tiny.llama, {"prior": {"q_proj": Subspace, ".*": SUBSPACE}}),
     (tiny.llama, {"guide": {"v_proj": MeanField()}}),
+    (tiny.llama, {"guide": {".*": AutoNormal}}),
+    (tiny.llama, {"guide": "AutoNormal"}),
+    (tiny.llama, {"guide": AutoNormal(lambda batch: None)}),
     (tiny.llama, {"prior": KroneckerInducing}),
-    (tiny.llama, {"guide": MeanField}),
+    # of the density of noise a Hessian would be that of one draw
+    (tiny.llama, {"prior": NOISY, "guide": AutoLaplaceApproximation}),
+    (tiny.llama, {"guide": {".*": MeanField}}),
+    (infinite, {"prior": KroneckerInducing(rank=2)}),  # whose scale is that of the weights
     (tiny.llama, {"likelihood": LabelTokens(token_ids=(5, 32))}),  # beyond the vocabulary
+    (named_likelihood, {"target_modules": ["likelihood"]}),  # a name of a part of the model
     (tiny.llama, CLASSES),
+    (partial(tiny.bert, num_labels=1), CLASSES),
     (partial(tiny.bert, problem_type="regression"), CLASSES),
+    (t5, {"likelihood": LabelTokens(token_ids=[5, 31])}),
     (tiny.bert, {"likelihood": CausalLM()}),
     (tiny.llama, returns(lambda A, B: None)),
     (tiny.llama, returns(lambda A, B: LowRankUpdate(A=A.mT, B=B))),
     (tiny.llama, returns(lambda A, B: LowRankUpdate(A=A, B=B, core=torch.ones(2, 3, 2)))),
+    (tiny.llama, broken(setup=lambda self, group: setattr(self, "A", nn.Parameter(torch.ones(1))))),
+    (tiny.llama, broken(forward=discrete)),
 ]
 
 
 @pytest.mark.parametrize(("build", "options"), REFUSED)
 def test_a_refused_adapter_leaves_the_network_alone(build, options):
     net = build()
-    targets = None if build is tiny.llama else "all-linear"
+    targets = None if build in (tiny.llama, infinite) else "all-linear"
     with pytest.raises(ConfigurationError):
         tiny.adapted(net, **{"target_modules": targets, **options})
     assert all(parameter.requires_grad for parameter in net.parameters())

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import binom
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation import metrics as m
 from pyro_blora.generation import Generation
 from pyro_blora.prediction import Prediction
@@ -121,6 +122,8 @@ def test_bounds_and_where_every_temperature_is_as_good():
     logits, labels = torch.eye(3), torch.arange(3)
     with pytest.warns(UserWarning, match="0.01"):
         assert m.fit_temperature(logits, labels) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="NaN"):
+        m.fit_temperature(logits * math.nan, labels)
     logits = torch.tensor([[0.1, 0.1, -math.inf], [7.0, 7.0, 7.0], [-math.inf, 0.0, 0.0]])
     assert nll(logits, labels, 0.01) == pytest.approx(nll(logits, labels, 100), rel=1e-12)
     assert m.fit_temperature(logits, labels) == 1
@@ -238,12 +241,17 @@ def test_out_of_scope_by_counting():
         assert found.false_positive_rate == sum(value <= found.threshold for value in others) / 25
         pairs = [(a < b) + (a == b) / 2 for a in mine for b in others]
         assert found.auroc == pytest.approx(sum(pairs) / 1000, abs=1e-6)
-    assert auroc(torch.zeros(3), torch.zeros(2)) == 0.5
     close = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
     assert auroc(close, close + 3e-9) == 1
     both, labels = Prediction.cat([inside, outside]), torch.tensor([0] * 40 + [-1] * 25)
     with pytest.warns(UserWarning, match="No threshold"):
         m.threshold_for(both, labels)
+
+
+def test_auroc_of_ties_and_of_scores_that_are_close():
+    assert auroc(torch.zeros(3), torch.zeros(2)) == 0.5
+    close = torch.tensor([0.0, 1e-9, 2e-9], dtype=torch.float64)
+    assert auroc(close, close + 3e-9) == 1
 
 
 def test_ranks_are_those_of_the_scores():
@@ -252,6 +260,22 @@ def test_ranks_are_those_of_the_scores():
         scores = getattr(p, by).tolist()
         assert m.rank(p, by).tolist() == sorted(range(60), key=lambda i: -scores[i])
     assert m.rank(p, "confidence")[0] == p.confidence.argmin()  # the least sure one
+    with pytest.raises(ConfigurationError, match="by must be random or one of"):
+        m.rank(p, "samples")
     first, again, other = (m.rank(p, "random", seed=seed).tolist() for seed in (0, 0, 1))
     assert first == again != other
     assert sorted(first) == list(range(60))
+
+
+ONE, LABEL = answered(torch.rand(60), torch.rand(60) < 0.5)
+REFUSED = [
+    *((m.threshold_for, LABEL, options) for options in ({"risk": 0}, {"confidence": 95})),
+    *((m.threshold_for, labels, {}) for labels in (LABEL.bool(), LABEL[:1])),
+    *((m.out_of_scope, ONE, options) for options in ({"by": "surprise"}, {"recall": 0.0})),
+]
+
+
+@pytest.mark.parametrize(("measure", "second", "options"), REFUSED)
+def test_what_cannot_be_measured(measure, second, options):
+    with pytest.raises(ConfigurationError):
+        measure(ONE, second, **options)

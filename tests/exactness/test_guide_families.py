@@ -294,6 +294,18 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
     assert found["shared"] + 0.1 < found["amortized"] < evidence
 
 
-def test_a_site_that_is_too_large_for_a_family_is_refused():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bound(FullRank(), event=(8, 200)),
+        lambda: LowRank(rank=0),
+        lambda: Mixture(components=1),
+        lambda: Ensemble(members=1),
+        lambda: Flow(flows=()),
+        lambda: Flow(flows=("splin",)),
+        lambda: bound(Amortized()),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused(make):
     with pytest.raises(ConfigurationError):
-        bound(FullRank(), event=(8, 200))
+        make()

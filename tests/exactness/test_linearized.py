@@ -92,7 +92,7 @@ def test_it_runs_under_inference_mode(family):
     assert not found[0].requires_grad
 
 
-REFUSED = [({"guide": AutoNormal}, 5)]
+REFUSED = [({}, 0), ({"guide": AutoNormal}, 5)]
 REFUSED.append(({"prior": KroneckerInducing(rank=2, conditional="exact")}, 5))
 
 

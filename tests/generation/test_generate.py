@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from pyro_blora import guides, likelihoods
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import threshold_for
 
 S, NEW = 3, 5
@@ -213,3 +214,14 @@ def test_under_peft():
     wrapped = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["o_proj"]))
     out = adapter(wrapped).generate(**prompts(), num_samples=S, max_new_tokens=NEW)
     assert out.sequences.shape == (2, 6 + NEW)
+
+
+REFUSED = [{"abstain_above": 0.1, "num_samples": 1}, {"by": "doubt"}, {"cache": ()}]
+REFUSED += [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 2.0}]
+REFUSED += [{"num_beams": 2, "cache_implementation": "static"}]
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=str)
+def test_what_would_give_other_numbers_is_refused(options):
+    with pytest.raises(ConfigurationError):
+        adapter().generate(**prompts(), **options)

@@ -39,4 +39,4 @@ def test_each_word_has_the_color_of_its_token():
 def test_control_characters_are_shown_and_not_obeyed():
     ids = TOKENIZER("a\x1b[31m\x07\x7f\x9b\tb\n", add_special_tokens=False)["input_ids"]
     shown = colored(generation([ids]), TOKENIZER, by="entropy")
-    assert shown.plain == "\ufffd[31m\ufffd\ufffd\ufffd\tb\n"
+    assert shown.plain == "␛[31m␇␡\ufffd\tb\n"

@@ -67,14 +67,14 @@ class Stream(IterableDataset):
 BATCHES = DataLoader([tiny.sequences()], collate_fn=lambda batches: batches[0])
 UNLABELED = DataLoader([tiny.unlabeled(tiny.sequences())], batch_size=None)
 FIT = [
-    {"num_steps": 0}, {"num_epochs": 1}, {"kl_weight": -1}, {"kl_weight": math.nan},
-    {"learning_rates": {"x": 1}}, {"keep_best": True},
+    {"num_steps": 0}, {"num_epochs": 1},
+    {"kl_weight": -1}, {"kl_weight": math.nan}, {"learning_rates": {"x": 1}}, {"keep_best": True},
     {"num_particles": 0}, {"precision": "float8"}, {"train": []},
     {"train": DataLoader([])}, {"train": "no.csv"}, {"train": (r for r in ROWS)}, {"patience": 3},
     {"train": Stream()}, {"train": BATCHES}, {"train": UNLABELED}, {"held_out": 1.5},
-    {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple},
+    {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple}, {"callback": 3},
     {"learning_rates": {"mean": -0.05}}, {"num_steps": None, "num_epochs": math.nan},
-    {"batch_size": 2.5}, {"train": ROWS + LAST, "num_steps": 99},
+    {"batch_size": 2.5}, {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
     {"patience": 0, "validation": ROWS}, {"train": UNLABELED, "validation": [1], "collate": None},
 ]  # fmt: skip
 
@@ -130,7 +130,7 @@ CALLS = {
     "compare, theirs": compared("lora", "theirs", build_tokenizer(["a"])),
     "compare, steps": compared("lora", "out", seeds=[], num_steps=0),
 }
-SEEDED = ("Trainer.train", "Trainer.evaluate", f"fit, {len(FIT) - 3}")  # late, after draws
+SEEDED = ("Trainer.train", "Trainer.evaluate", f"fit, {len(FIT) - 4}")  # late, after draws
 ERRORS = (BatchError, CheckpointError, ConfigurationError, DataError)
 
 
@@ -153,6 +153,11 @@ WHOLE_BATCHES = DataLoader([tiny.sequences()], batch_size=None)  # of a number t
 def test_a_number_of_examples_that_cannot_be_is_refused(num_data, rows):
     with pytest.raises((BatchError, ConfigurationError), match="num_data"):
         tiny.train(tiny.adapted(num_data=num_data), rows)
+
+
+def test_an_adapter_without_parameters_to_train_is_refused():
+    with pytest.raises(ConfigurationError, match="nothing to train"):
+        tiny.train(tiny.adapted(num_data=10).requires_grad_(False))
 
 
 def raising(error, calls):
