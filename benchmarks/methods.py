@@ -181,7 +181,7 @@ class Benchmark:
         network = self.settings["networks"][network].get("like", network)
         spec = self.settings["methods"][name]
         if "rate" not in spec:
-            return {}
+            return {"split": True} if spec.get("split") else {}
 
         def nll(setting: Settings) -> float:
             seed = self.settings["seeds"][0]

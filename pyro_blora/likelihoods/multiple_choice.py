@@ -120,9 +120,10 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
-        rows = in_rows(net, {key: batch[key] for key in self.keys}, self.shortcuts, self.pack)
+        packing = False if self.pack is None and not self.fast else self.pack
+        rows = in_rows(net, {key: batch[key] for key in self.keys}, packing)
         logits = logits_at(
-            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.shortcuts.on
+            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.fast
         )
         real = true_entries(rows.mask, rows.count)
         targets = rows.targets.flatten()[real]
