@@ -42,11 +42,10 @@ from pyro_blora.evaluation.metrics import out_of_scope
 from pyro_blora.guides import Delta
 from pyro_blora.methods import Method, get_method
 from pyro_blora.network.pretrained import load_for
-from pyro_blora.scores import ece_by_chance, evaluate, item_scores
+from pyro_blora.scores import ece_by_chance, evaluate, item_scores, sure_answers
 
 HERE = Path(__file__).resolve().parent
 LADDER = [float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 2, 5)]  # of rates
-SURE = 0.95  # the confidence of answers that are counted apart
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 Settings = dict[str, Any]
@@ -229,13 +228,13 @@ def scores_of(
     numbers: int,
 ) -> Settings:
     """The scores of a cell, its costs, and the NLL of each item in half precision."""
-    sure, wrong = probs.amax(1) >= SURE, probs.argmax(1) != labels
+    sure, wrong = sure_answers(probs, labels)
     items = item_scores(probs, labels)[0].numpy().astype("<f2").tobytes()
     return {
         **evaluate(probs, labels),
         "chance": ece_by_chance(probs),
-        "sure": int(sure.sum()),
-        "sure_wrong": int((sure & wrong).sum()),
+        "sure": sure,
+        "sure_wrong": wrong,
         "auroc": auroc,
         "passes": passes,
         "seconds": round(seconds, 1),

@@ -29,6 +29,8 @@ SHOWN: dict[str, tuple[str, float, str]] = {
     "brier": ("Brier", 1, ".3f"),
 }
 
+SURE = 0.95  # the confidence of answers that are counted apart
+
 
 class Metrics(dict[str, float]):
     """Scores by name, which are attributes, too; ``n`` is the number of items; NLL in nats."""
@@ -90,6 +92,12 @@ def item_scores(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Tensor:
     bins = confidence_bins(confidence, num_bins)
     sign = gap.new_zeros(num_bins).index_add(0, bins, gap).sign()[bins]
     return torch.stack([nll, (probs - one_hot(labels, probs.shape[1])).square().sum(1), sign * gap])
+
+
+def sure_answers(probs: Tensor, labels: Tensor) -> tuple[int, int]:
+    """The number of answers of 95 % confidence or more, and how many of them are wrong."""
+    sure = (probs.amax(-1) >= SURE) & (labels >= 0)  # -100 stands for a missing label
+    return int(sure.sum()), int((sure & (probs.argmax(-1) != labels)).sum())
 
 
 def ece_by_chance(probs: Tensor, *, num_bins: int = 15) -> float:

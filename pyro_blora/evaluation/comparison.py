@@ -35,7 +35,7 @@ from pyro_blora.network.pretrained import choose_precision, load_for
 from pyro_blora.network.targets import CLASS, TEXT, is_classifier, kind_of_head, logit_names
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.prediction import Prediction
-from pyro_blora.scores import SHOWN, Metrics
+from pyro_blora.scores import SHOWN, SURE, Metrics, sure_answers
 
 DIAGRAM = "reliability.png"
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
@@ -159,6 +159,10 @@ class Comparison:
             if key in self.rows[0].metrics:
                 each = [[factor * row.metrics[key] for row in rows] for rows in by.values()]
                 columns[title] = [_spread(values, form) for values in each]
+        if "ece" in self.rows[0].metrics:
+            counts = [[sure_answers(r.probs, r.labels) for r in rows] for rows in by.values()]
+            sums = [map(sum, zip(*of_seeds, strict=True)) for of_seeds in counts]
+            columns[f"wrong above {100 * SURE:.0f} %"] = [f"{wrong} of {n}" for n, wrong in sums]
         if len(by) > 1:
             gaps = [gap["nll"] for gap in self.differences().values()]
             texts = [f"{gap:+.3f} ± {error:.3f}" for gap, error in gaps]
@@ -171,7 +175,8 @@ class Comparison:
             columns[title] = [_spread(values, ".1f") for values in each]
         for key in ("temperature_by", "labels_beside_training", "passes"):
             values = [dict.fromkeys(str(getattr(row, key)) for row in rows) for rows in by.values()]
-            columns[key.replace("_", " ")] = list(map(", ".join, values))
+            if any({*each} - {"none", "0"} for each in values):
+                columns[key.replace("_", " ")] = list(map(", ".join, values))
         return columns
 
     def to_markdown(self) -> str:

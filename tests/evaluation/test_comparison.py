@@ -21,7 +21,7 @@ from pyro_blora.guides import Delta, MatrixNormal, MeanField
 from pyro_blora.likelihoods import Ordinal, SequenceClassification
 from pyro_blora.methods import Method
 from pyro_blora.models import KroneckerInducing, Subspace
-from pyro_blora.scores import evaluate, item_scores
+from pyro_blora.scores import evaluate, item_scores, sure_answers
 
 WORDS = ("cold", "warm", "wet")
 MINE = Method("mine", prior=Subspace(rank=2), guide=MeanField())
@@ -82,6 +82,14 @@ def test_a_column_has_the_values_of_all_seeds():
     columns = Comparison(rows).columns()
     assert columns["labels beside training"] == ["0, 7"]
     assert columns["passes"] == ["1"]
+    assert "temperature by" not in columns  # no method has one
+
+
+def test_wrong_answers_among_the_sure_ones_are_counted_over_all_seeds():
+    probs, labels = torch.tensor([[0.96, 0.04]] * 3 + [[0.94, 0.06]]), torch.tensor([0, 1, 0, 1])
+    rows = [row("a", seed, probs, labels) for seed in range(2)]
+    assert Comparison(rows).columns()["wrong above 95 %"] == ["2 of 6"]
+    assert sure_answers(probs, torch.tensor([0, 1, -100, 1])) == (2, 1)
 
 
 def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
