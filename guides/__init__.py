@@ -11,11 +11,9 @@ from pyro_blora.guides.ensemble import Ensemble
 from pyro_blora.guides.flow import Flow
 from pyro_blora.guides.full_rank import FullRank
 from pyro_blora.guides.laplace import Laplace
-from pyro_blora.guides.layer_coupled import LayerCoupled
 from pyro_blora.guides.low_rank import LowRank
 from pyro_blora.guides.matrix_normal import MatrixNormal
 from pyro_blora.guides.mean_field import MeanField
-from pyro_blora.guides.mixture import Mixture
 
 __all__ = [
     "Amortized",
@@ -24,11 +22,9 @@ __all__ = [
     "Flow",
     "FullRank",
     "Laplace",
-    "LayerCoupled",
     "LowRank",
     "MatrixNormal",
     "MeanField",
-    "Mixture",
     "Site",
     "SiteGuide",
 ]

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.distributions.kl import register_kl
 from typing_extensions import Self
 
-__all__ = ["CoupledNormal", "MatrixNormal", "Members", "NormalMixture", "Reshaped"]
+__all__ = ["MatrixNormal", "Members", "Reshaped"]
 
 
 class RealDistribution(TorchDistribution):
@@ -168,54 +167,6 @@ def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
     return multiply(row, difference, col).square().sum((-2, -1))
 
 
-class CoupledNormal(RealNormal):
-    r"""``n`` jointly normal arrays, correlated through an ``n x n`` factor.
-
-    .. math::
-
-        X_{l} = M_{l} + S \odot \sum_{k \le l} L_{lk} E_k, \quad E \sim N(0, 1), \qquad
-        \mathrm{Cov}[X_{li}, X_{kj}] = (L L^\top)_{lk}\, S_i^2\, \delta_{ij}.
-
-    The ``n`` arrays lie along the last batch dimension. By the chain rule the ``l``-th entries of
-    :meth:`log_prob` and :meth:`entropy` are those of :math:`X_l` given :math:`X_{<l}`, so a plate
-    over the dimension must never be subsampled.
-    """
-
-    def __init__(self, loc: Tensor, scale: Tensor, layer_scale_tril: Tensor) -> None:
-        self.loc, self.scale, self.layer_scale_tril = loc, scale, layer_scale_tril
-        super().__init__(loc.shape[:1], scale.shape)
-
-    def _error(self, noise: Tensor) -> Tensor:
-        return self.scale * (self.layer_scale_tril @ self._flat(noise)).reshape(noise.shape)
-
-    def _log_density(self, value: Tensor) -> Tensor:
-        error = self._flat((value - self.loc) / self.scale)
-        white = torch.linalg.solve_triangular(self.layer_scale_tril, error, upper=False)
-        return -0.5 * (white.square() + math.log(2 * math.pi)).sum(-1) - self._log_scale()
-
-    def entropy(self) -> Tensor:
-        """The entropy of ``X_l`` given ``X_<l``, ``batch_shape``."""
-        size = self.event_shape.numel()
-        entropy = 0.5 * size * (1 + math.log(2 * math.pi)) + self._log_scale()
-        return entropy.expand(self.batch_shape)
-
-    def _log_scale(self) -> Tensor:
-        diagonal = self.layer_scale_tril.diagonal().log()
-        return self.event_shape.numel() * diagonal + self.scale.log().sum()
-
-    @property
-    def mean(self) -> Tensor:
-        """Of shape ``batch_shape + event_shape``."""
-        return self.loc.expand(self.shape())
-
-    @property
-    def variance(self) -> Tensor:
-        """Marginal variance of each entry, ``batch_shape + event_shape``."""
-        layers = self.layer_scale_tril.square().sum(-1)
-        layers = layers.reshape(layers.shape + (1,) * len(self.event_shape))
-        return (layers * self.scale.square()).expand(self.shape())
-
-
 class Reshaped(RealDistribution):
     """``base`` over vectors, its event reshaped; it keeps what the closed form of the KL needs."""
 
@@ -286,21 +237,6 @@ class Members(RealDistribution):
         return self.points.mean(0).expand(self.shape())
 
 
-class NormalMixture(dist.MixtureSameFamily):
-    """A mixture with reparametrized draws, unbiased because its mixture weights are fixed."""
-
-    has_rsample = True
-
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Draw with gradients, ``sample_shape + batch_shape + event_shape``."""
-        each = self.component_distribution.rsample(torch.Size(sample_shape))
-        chosen = self.mixture_distribution.sample(torch.Size(sample_shape))
-        # not one_hot, which reads the largest class and so synchronizes the device
-        mask = chosen.unsqueeze(-1) == torch.arange(self._num_component, device=chosen.device)
-        mask = mask.to(each.dtype).reshape(mask.shape + (1,) * self._event_ndims)
-        return (mask * each).sum(-1 - self._event_ndims)
-
-
 def _to_normals(q: RealDistribution, p: Any) -> Tensor:
     """The KL to a product of normals, which needs only the moments and the entropy of ``q``."""
     loc, scale = _normals(p)
@@ -346,7 +282,7 @@ def _normals(p: Any) -> tuple[Tensor, Tensor]:
     return collapsed(normal.loc), collapsed(normal.scale)
 
 
-for family in (CoupledNormal, MatrixNormal, Reshaped):
+for family in (MatrixNormal, Reshaped):
     for normals in (Independent, Normal):
         register_kl(family, normals)(_to_normals)
 register_kl(MatrixNormal, MatrixNormal)(_between_matrix_normals)

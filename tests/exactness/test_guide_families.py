@@ -1,8 +1,8 @@
 """Every guide family against posteriors that are known.
 
-Families that contain the posterior reach it; the others reach the best that they have; flows and
-mixtures follow bent and split posteriors that a mean-field normal cannot; no density is more than a
-density, so no ELBO exceeds the log evidence.
+Families that contain the posterior reach it; the others reach the best that they have; flows follow
+bent posteriors that a mean-field normal cannot; no density is more than a density, so no ELBO
+exceeds the log evidence.
 """
 
 import math
@@ -10,9 +10,8 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from linear_gaussian import NOISE, Toy, divergence, maximize
+from linear_gaussian import NOISE, Toy, divergence
 from pyro.nn import PyroParam
-from torch.distributions import kl_divergence
 from torch.distributions.transforms import ExpTransform
 
 from pyro_blora import guides
@@ -22,11 +21,9 @@ from pyro_blora.guides import (
     Ensemble,
     Flow,
     FullRank,
-    LayerCoupled,
     LowRank,
     MatrixNormal,
     MeanField,
-    Mixture,
     Site,
     SiteGuide,
 )
@@ -36,12 +33,11 @@ BOUNDS = [
     Amortized(context_size=3),
     Flow(),
     FullRank(),
-    LayerCoupled(),
     LowRank(),
     MatrixNormal(),
     MeanField(),
 ]
-BOUNDS += [Mixture(), Flow(flows=("householder", "spline")), Flow(flows=("planar", "radial"))]
+BOUNDS += [Flow(flows=("householder", "spline")), Flow(flows=("planar", "radial"))]
 
 
 def bound(family, n=1, event=(1, 2)):
@@ -102,53 +98,16 @@ def test_directions_close_the_gap_one_by_one():
     assert gaps[-1] < 1e-5
 
 
-def test_layer_coupled_reaches_a_posterior_that_correlates_layers():
-    """``y_i = sum_l a_l V_li + noise``: precision ``I + a a^T / s^2`` over layers in each entry."""
-    a, s, y = torch.tensor([1.0, -2.0, 0.5]), 0.4, torch.tensor([[0.3, -1.0], [2.0, 0.7]])
-    q = bound(LayerCoupled(), n=3, event=(2, 2))
-    prior = q.site.prior
-
-    def objective():
-        density = q.distribution()
-        fit = torch.einsum("l,lij->ij", a, density.mean)
-        L = density.layer_scale_tril
-        spread = (a @ L).square().sum() * density.scale.square()
-        exact = dist.Normal(fit, s).log_prob(y).sum() - 0.5 * spread.sum() / s**2
-        return exact - kl_divergence(density, prior).sum()
-
-    maximize(objective, q.parameters())
-    precision = torch.eye(3) + torch.outer(a, a) / s**2
-    expected = torch.linalg.solve(precision, a[:, None] * y.flatten() / s**2).reshape(3, 2, 2)
-    density = q.distribution()
-    torch.testing.assert_close(density.mean, expected, atol=1e-4, rtol=0)
-    L = density.layer_scale_tril
-    for scale in density.scale.flatten():
-        covariance = scale.square() * L @ L.mT
-        torch.testing.assert_close(covariance, torch.linalg.inv(precision), atol=1e-4, rtol=0)
-    sd = (a.square().sum() + s**2) ** 0.5
-    evidence = dist.Normal(0.0, sd).log_prob(y).sum()
-    torch.testing.assert_close(objective(), evidence, atol=1e-4, rtol=0)
-
-
 def banana(V):
     x, y = V[:, 0, 0, 0], V[:, 0, 0, 1]
     return dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x.square() - 1, 0.3).log_prob(y)
 
 
-def two_modes(V):
-    modes = [dist.Normal(c, 0.3).log_prob(V).sum((-3, -2, -1)) for c in (-1.5, 1.5)]
-    return torch.stack(modes).logsumexp(0) - math.log(2)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("density", "family"),
-    [(banana, Flow(init_scale=1.0)), (two_modes, Mixture(components=2, spread=1.0))],
-)
-def test_a_rich_family_follows_what_a_normal_cannot(density, family):
-    """Both densities are normalized: the log evidence is 0, and of two modes a normal has one."""
-    best, _ = elbo(train(bound(MeanField()), density), density)
-    reached, error = elbo(train(bound(family), density), density)
+def test_a_flow_follows_what_a_normal_cannot():
+    """The density is normalized: the log evidence is 0."""
+    best, _ = elbo(train(bound(MeanField()), banana), banana)
+    reached, error = elbo(train(bound(Flow(init_scale=1.0)), banana), banana)
     assert best < -0.6
     assert -0.05 < reached < 4 * error
 
@@ -178,7 +137,7 @@ def test_every_density_is_normalized(family):
     assert error < 0.1
 
 
-FAR = {"FullRank": (1, (16, 16)), "MatrixNormal": (1, (256, 1)), "LayerCoupled": (256, (2, 1))}
+FAR = {"FullRank": (1, (16, 16)), "MatrixNormal": (1, (256, 1))}
 
 
 @pytest.mark.parametrize("name", FAR)
@@ -205,7 +164,7 @@ def test_a_draw_keeps_its_density_where_a_triangle_is_far_from_diagonal(name):
         torch.testing.assert_close(triangle.grad, expected)
 
 
-@pytest.mark.parametrize("family", [FullRank(), MatrixNormal(), LayerCoupled()], ids=repr)
+@pytest.mark.parametrize("family", [FullRank(), MatrixNormal()], ids=repr)
 def test_a_draw_that_is_held_fixed_has_the_gradient_of_its_density(family):
     """In the mean it is ``(x - loc) / 0.01^2``; its density is that of the draw."""
     for event in ((), (3,), (2, 3)):
@@ -299,7 +258,6 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
     [
         lambda: bound(FullRank(), event=(8, 200)),
         lambda: LowRank(rank=0),
-        lambda: Mixture(components=1),
         lambda: Ensemble(members=1),
         lambda: Flow(flows=()),
         lambda: Flow(flows=("splin",)),

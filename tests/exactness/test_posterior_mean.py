@@ -20,8 +20,6 @@ PRIORS = [
 FAMILIES = [
     guides.MeanField(init_scale=1.0),
     guides.MatrixNormal(init_scale=1.0),
-    guides.LayerCoupled(init_scale=1.0),
-    guides.Mixture(init_scale=0.5),
     guides.Amortized(init_scale=0.5),
     guides.Ensemble(members=5, spread=1.0),
     auto.AutoNormal,
