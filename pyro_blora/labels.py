@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
@@ -223,6 +224,23 @@ def check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool 
             "A collator, or a data set whose numbers are read as they are, must number the classes "
             f"as {list(classes)}, got {list(names)}; leave them out of the collator, pass the data "
             "set itself in place of a loader, or cast its column to int if its numbers are right."
+        )
+
+
+def check_numbers(names: Sequence[str], row: Any) -> None:
+    """Refuses names of labels that are other numbers, or the choices of a row in another order."""
+    choices = row.get("choices", ()) if names and isinstance(row, Mapping) else ()
+    if set(names) == set(choices):
+        check_places(names, choices)
+        return
+    numbers: dict[int, float] = {}
+    for k, name in enumerate(names):
+        with suppress(ValueError):
+            numbers[k] = float(name)
+    if other := [k for k, number in numbers.items() if number != k]:
+        raise DataError(
+            f"The labels must be numbers as they are, got a ClassLabel that has {other[0]} for "
+            f"{names[other[0]]!r}; keep a column of the numbers, and encode a copy of it."
         )
 
 

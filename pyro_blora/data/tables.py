@@ -9,7 +9,15 @@ from typing import Any
 
 from pyro_blora.errors import DataError, first_line, near_miss
 from pyro_blora.items import FORMAT, Item, item_of
-from pyro_blora.labels import check_rows, classes_of, is_list, is_subset, name_of, names_of
+from pyro_blora.labels import (
+    check_numbers,
+    check_rows,
+    classes_of,
+    is_list,
+    is_subset,
+    name_of,
+    names_of,
+)
 
 FILES = (".csv", ".json", ".jsonl", ".parquet")
 #: The names that a split may have in files and tables, and what they mean.
@@ -61,9 +69,15 @@ def _read_file(path: Path) -> Any:
         options: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
         if path.suffix == ".csv":  # None and NA are words, such as a text or a class
             options |= {"keep_default_na": False, "na_values": [""]}
-        return load_dataset(path.suffix[1:], **options)
+        table = load_dataset(path.suffix[1:], **options)
     except Exception as error:  # datasets and the libraries that it uses raise many kinds
         raise DataError(f"{path} cannot be read by datasets: {first_line(error)[:200]}") from error
+    if path.suffix == ".csv" and "__index_level_0__" in table.column_names:
+        raise DataError(
+            f"{path} must have a name for each column, got a value more in its rows than in its "
+            "first line; put texts with a comma in quotes."
+        )
+    return table
 
 
 def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> list[Any]:
@@ -140,7 +154,9 @@ def items_of(tables: Mapping[str, Any]) -> dict[str, list[Item]]:
         names = [str(name) for name in names_of(*tables.values())]
     items: dict[str, list[Item]] = {}
     for split, table in tables.items():
-        items[split], table_names = [], classes_of(table) if texts else []
+        items[split], table_names = [], classes_of(table)
+        if not texts:
+            check_numbers(table_names, table_names and table[0])
         for k in range(len(table)):
             row = table[k]
             if texts:

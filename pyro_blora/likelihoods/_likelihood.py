@@ -15,7 +15,14 @@ from transformers import DataCollatorWithPadding
 from typing_extensions import Self
 
 from pyro_blora.errors import BatchError, ConfigurationError, check_count
-from pyro_blora.labels import FINITE, Kind, check_places, checked_labels, classes_of
+from pyro_blora.labels import (
+    FINITE,
+    Kind,
+    check_numbers,
+    check_places,
+    checked_labels,
+    classes_of,
+)
 from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
 from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.network.targets import kind_of_head
@@ -154,12 +161,13 @@ class Likelihood(Options, PyroModule):
         self._check_numbering(getattr(data, "dataset", data), collate, training)
 
     def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
-        """Refuses numbers that have names in another order than in the training's data set."""
-        ours = is_from(collate, "pyro_blora.", "transformers.", "torch.")  # others read labels
-        if not ours or "data_names" not in self.options():
+        """Refuses numbers whose names are other numbers, or in another order than in training."""
+        if not is_from(collate, "pyro_blora.", "transformers.", "torch."):  # which read labels
             return
         names = next(filter(None, (classes_of(rows, name) for name in ("label", "labels"))), [])
-        self.check_names(names, training)
+        check_numbers(names, names and rows[0])
+        if "data_names" in self.options():
+            self.check_names(names, training)
 
     def check_names(self, names: Sequence[str], training: bool) -> None:
         """Refuses names of numbers in another order than in training, which keeps them."""

@@ -15,6 +15,8 @@ from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.packing import check_noise
 from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.network.targets import NUMBER
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import Metrics, evaluate
 
 _SPOKEN: Kind = ("a text with words", lambda value: isinstance(value, str) and bool(value.strip()))
 _KINDS = dict.fromkeys(("text", "chosen", "rejected"), _SPOKEN)
@@ -122,3 +124,11 @@ class Preference(Likelihood):
         texts = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() == 3}
         rewards = head_logits(net, {key: value.flatten(0, 1) for key, value in texts.items()})
         return rewards.reshape(batch["input_ids"].shape[:2])
+
+    def metrics(self, prediction: Prediction, labels: Tensor) -> Metrics:
+        """The scores of each pair in both orders, because the first of equal texts would be right.
+
+        In half precision many rewards are equal.
+        """
+        both = torch.cat([prediction.probs, prediction.probs.flip(-1)])
+        return Metrics({**evaluate(both, torch.cat([labels, 1 - labels])), "n": len(labels)})

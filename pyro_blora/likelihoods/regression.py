@@ -81,6 +81,7 @@ class Regression(Likelihood):
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
         """A training takes the mean and the deviation of the labels from the loader's rows."""
+        super().check_loader(data, collate, net, training=training)
         if training:
             self._standardize(getattr(data, "dataset", data), getattr(data, "collate_fn", None))
 

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForTokenClassification
 
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.labels import classes_of, first_tags, in_order, label_of
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Prepared
 from pyro_blora.likelihoods._token_labels import TokenLabels
@@ -34,6 +35,11 @@ class TagCollator(ClassificationCollator):
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """The batch of a list of rows."""
+        if self.tokenizer.truncation_side != "right":  # word k would be another one
+            raise ConfigurationError(
+                "tokenizer.truncation_side must be 'right' for words, whose first ones a long row "
+                f"keeps, got {self.tokenizer.truncation_side!r}; set it so."
+            )
         options = {"padding": True, "truncation": True, "max_length": self.max_length}
         split, blank = self.tokenizer.tokenize, self.tokenizer.unk_token or "?"
         words = [[w if split(w) else blank for w in row["tokens"]] for row in rows]
@@ -79,7 +85,7 @@ class TokenClassification(TokenLabels, SequenceClassification):
     task_type = "TOKEN_CLS"
     padding = DataCollatorForTokenClassification
     usual_collator = TagCollator
-    label_columns = ("tags", "label", "labels")
+    label_columns = ("tags", "ner_tags", "label", "labels")
 
     def output_names(self, rows: Any) -> Sequence[str]:
         """``classes``, or the tags in the rows, sorted."""

@@ -45,6 +45,9 @@ def test_a_file_is_read_row_by_row_and_its_name_is_no_pattern(tmp_path):
         rows = [{"text": text, "text_pair": "NA", "label": "null"} for text in ("None", "a", "b")]
         pandas.DataFrame((2 * rows)[:count]).to_csv(tmp_path / name, index=False)
         assert list(read_table(tmp_path / name)) == (2 * rows)[:count]
+    (tmp_path / "a.csv").write_text("text,label\nGood, a film,0\nDull, a film,1\n")
+    with pytest.raises(DataError, match="a name for each column"):
+        read_table(tmp_path / "a.csv")
     lines = [{"question": "a ?", "answer": "b"}], [{"question": "is it", "choices": ["yes", "no"]}]
     for rows in lines:
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))

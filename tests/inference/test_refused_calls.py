@@ -190,6 +190,14 @@ def test_an_error_that_comes_late_leaves_an_adapter_as_it_was(guide, error, call
     assert blora.likelihood.num_data is None
 
 
+def test_a_guide_of_the_user_stays_after_an_error():
+    blora = tiny.adapted(likelihood=LabelTokens(token_ids=tiny.ANSWERS))
+    blora.guide = guide = AutoNormal(blora.model)
+    with pytest.raises(DataError):
+        fit(blora, ROWS, collate=raising(DataError("a row"), 4), num_steps=4, progress=False)
+    assert blora.guide is guide
+
+
 def test_a_trainer_that_is_refused_late_leaves_an_adapter_as_it_was(tmp_path):
     blora = tiny.adapted(likelihood=LabelTokens(token_ids=tiny.ANSWERS))
     collate = raising(DataError("a row"), 3)

@@ -1,15 +1,23 @@
 """Each likelihood of a head from rows on disk to PEFT, and in a comparison."""
 
 import json
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from kinds import FEW, NETS, PASSED, ROWS, TAGS, TOKENIZER, adapter
 from torch.nn.functional import pad
+from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, compare, fit
+from pyro_blora.data import load_task
+from pyro_blora.errors import DataError
 from pyro_blora.likelihoods import (
+    ClassificationCollator,
+    MultipleChoice,
+    MultipleChoiceCollator,
     NumberCollator,
     PreferenceCollator,
     TagCollator,
@@ -84,3 +92,33 @@ def test_methods_are_compared(kind):
     assert table.differences()[methods[1]]["nll"][0] == pytest.approx(b - a, abs=1e-5)
     expected = {"RMSE", "CRPS", "90 % interval covers %"} if kind == "numbers" else {"ECE %"}
     assert expected <= set(table.columns())
+
+
+@pytest.mark.parametrize("kind", ["numbers", "order"])
+def test_numbers_whose_names_are_other_numbers_are_refused(kind):
+    """``class_encode_column`` sorts numbers as texts, and closes gaps."""
+    stars = [{"text": f"film {k}", "label": 1 + k % 3} for k in range(12)]
+    plain = Dataset.from_list([{**row, "label": row["label"] - 1} for row in stars])
+    collate = NumberCollator(TOKENIZER) if kind == "numbers" else ClassificationCollator(TOKENIZER)
+    encoded = Dataset.from_list(stars).class_encode_column("label")
+    for data in (encoded, DataLoader(encoded, 4, collate_fn=collate)):
+        with pytest.raises(DataError, match="got a ClassLabel that has 0 for '1'"):
+            fit(blora := adapter(kind), data, **FEW)
+    fit(blora, plain, **FEW)
+    with pytest.raises(DataError, match="got a ClassLabel that has 0 for '1'"):
+        blora.evaluate(encoded, num_samples=0)
+    blora.evaluate(plain.class_encode_column("label"), num_samples=0)  # 0 to 2, which are as named
+
+
+def test_choices_whose_numbers_have_names_in_another_order_are_refused():
+    rows = [
+        {"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)
+    ]
+    data = Dataset.from_list(rows)
+    for names, is_right in ((["no", "yes"], True), (["yes", "no"], False), (["1", "0"], False)):
+        named = data.cast_column("label", ClassLabel(names=names))
+        with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
+            load_task(named)
+        with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
+            likelihood = MultipleChoice()
+            likelihood.read(named, MultipleChoiceCollator(TOKENIZER), None, labeled=1, training=1)

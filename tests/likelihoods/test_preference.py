@@ -12,6 +12,8 @@ from torch.nn.functional import logsigmoid
 from pyro_blora import fit, guides, models
 from pyro_blora.likelihoods import PreferenceCollator
 from pyro_blora.posterior.guide import draws_apart
+from pyro_blora.prediction import Prediction
+from pyro_blora.scores import evaluate
 
 ROWS, adapter = kinds.ROWS["pairs"], partial(kinds.adapter, "pairs")
 
@@ -78,3 +80,17 @@ REFUSED = [
 def test_it_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_equal_rewards_are_right_by_half_in_both_orders_of_a_pair():
+    """In half precision they are common, and the chosen text is always the first."""
+    probs = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
+    likelihood, chosen = kinds.Preference(), torch.zeros(4).long()
+    one = likelihood.metrics(Prediction(probs[None]), chosen)
+    other = likelihood.metrics(Prediction(probs.flip(-1)[None]), chosen)
+    assert (one.acc, one.n) == (0.5, 4)
+    assert one.acc + other.acc == 1
+    assert one.gap == pytest.approx((0.5 + 0.5 + 0.9 + 0.8) / 4 - 0.5)
+    plain = evaluate(probs[2:], chosen[2:])
+    for name, value in likelihood.metrics(Prediction(probs[None, 2:]), chosen[2:]).items():
+        assert value == pytest.approx(plain[name]), name

@@ -33,6 +33,9 @@ def test_a_batch_has_the_words_in_order(side, monkeypatch):
     net = LlamaForTokenClassification(tiny.llama(vocab_size=400, num_labels=3).config).eval()
     alone = likelihood.logits(net, TagCollator(TOKENIZER)(rows[1:]))
     torch.testing.assert_close(likelihood.logits(net, batch)[1:, :2], alone)
+    monkeypatch.setattr(TOKENIZER, "truncation_side", "left")
+    with pytest.raises(ConfigurationError, match="truncation_side must be 'right'"):
+        TagCollator(TOKENIZER)(rows)
 
 
 def test_loss_and_gradients_are_those_of_transformers():
@@ -80,6 +83,9 @@ def test_a_loader_that_numbers_the_tags_in_another_order_is_refused():
     blora, loader = adapter("tags", net=net), DataLoader(rows, 4, collate_fn=TagCollator(TOKENIZER))
     with pytest.raises(DataError, match=r"as .*'I-key', 'O', 'B-key'.*, got"):
         fit(blora, loader, **FEW)
+    renamed = rows.rename_column("tags", "ner_tags")  # in a collator of the user's
+    with pytest.raises(DataError, match=r"as .*'I-key', 'O', 'B-key'.*, got"):
+        fit(blora, DataLoader(renamed, 4, collate_fn=TagCollator(TOKENIZER)), **FEW)
     read, collate = blora.reading(rows)  # by names
     fit(blora, DataLoader(read, 4, collate_fn=collate), held_out=0.0, **FEW)
 
