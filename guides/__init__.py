@@ -11,7 +11,6 @@ from pyro_blora.guides.ensemble import Ensemble
 from pyro_blora.guides.flow import Flow
 from pyro_blora.guides.full_rank import FullRank
 from pyro_blora.guides.laplace import Laplace
-from pyro_blora.guides.low_rank import LowRank
 from pyro_blora.guides.matrix_normal import MatrixNormal
 from pyro_blora.guides.mean_field import MeanField
 
@@ -22,7 +21,6 @@ __all__ = [
     "Flow",
     "FullRank",
     "Laplace",
-    "LowRank",
     "MatrixNormal",
     "MeanField",
     "Site",

@@ -195,7 +195,7 @@ class SiteGuide(Options, PyroModule):
         if size > most:
             raise ConfigurationError(
                 f"{type(self).__name__}: site {site.name!r} is {tuple(site.event_shape)} in each "
-                f"layer, and {size:,} is more than {option}={most}; use MeanField or LowRank, or "
+                f"layer, and {size:,} is more than {option}={most}; use MeanField, or "
                 f"raise {type(self).__name__}.{option}."
             )
 

@@ -6,10 +6,9 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroParam
-from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_blora.distributions import RealNormal, Reshaped
+from pyro_blora.distributions import Reshaped
 from pyro_blora.guides._site_guide import Site, SiteGuide
 
 
@@ -50,14 +49,4 @@ class FullRank(SiteGuide):
         """The normal, with the event shape of the site."""
         loc = self.loc.reshape(*self.site.batch_shape, self.site.size)
         q = dist.MultivariateNormal(loc, scale_tril=self.scale_tril)
-        return _Normal(q, self.site.event_shape)
-
-
-class _Normal(RealNormal, Reshaped):
-    """A multivariate normal that scores its draws by their noise."""
-
-    _log_density = Reshaped.log_prob
-
-    def _error(self, noise: Tensor) -> Tensor:
-        factor = self.base_dist._unbroadcasted_scale_tril
-        return self._shaped(torch.einsum("...ij,...j->...i", factor, self._flat(noise)))
+        return Reshaped(q, self.site.event_shape)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions import MultivariateNormal
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
@@ -167,10 +168,10 @@ def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
     return multiply(row, difference, col).square().sum((-2, -1))
 
 
-class Reshaped(RealDistribution):
-    """``base`` over vectors, its event reshaped; it keeps what the closed form of the KL needs."""
+class Reshaped(RealNormal):
+    """A multivariate normal with its event reshaped; it keeps what the closed KL needs."""
 
-    def __init__(self, base: TorchDistribution, event_shape: Sequence[int]) -> None:
+    def __init__(self, base: MultivariateNormal, event_shape: Sequence[int]) -> None:
         self.base_dist = base
         super().__init__(base.batch_shape, torch.Size(event_shape))
 
@@ -181,12 +182,11 @@ class Reshaped(RealDistribution):
     def _shaped(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[:-1] + self.event_shape)
 
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Draw with gradients, ``sample_shape + batch_shape + event_shape``."""
-        return self._shaped(self._base.rsample(torch.Size(sample_shape)))
+    def _error(self, noise: Tensor) -> Tensor:
+        factor = self.base_dist._unbroadcasted_scale_tril
+        return self._shaped(torch.einsum("...ij,...j->...i", factor, self._flat(noise)))
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The log density in nats, of the broadcast batch shape."""
+    def _log_density(self, value: Tensor) -> Tensor:
         return self._base.log_prob(self._flat(value))
 
     @property

@@ -13,7 +13,6 @@ FAMILIES = {
     "MatrixNormal": guides.MatrixNormal(),
     "MeanField": guides.MeanField(),
     "FullRank": guides.FullRank(),
-    "LowRank": guides.LowRank(),
 }
 
 

@@ -21,7 +21,6 @@ from pyro_blora.guides import (
     Ensemble,
     Flow,
     FullRank,
-    LowRank,
     MatrixNormal,
     MeanField,
     Site,
@@ -33,7 +32,6 @@ BOUNDS = [
     Amortized(context_size=3),
     Flow(),
     FullRank(),
-    LowRank(),
     MatrixNormal(),
     MeanField(),
 ]
@@ -80,22 +78,20 @@ def log_joint(toy):
     return density
 
 
-@pytest.mark.parametrize("family", [FullRank(), LowRank(rank=6)], ids=repr)
-def test_a_normal_with_all_correlations_reaches_any_normal_posterior(family):
-    toy = Toy(family)
+def test_a_normal_with_all_correlations_reaches_any_normal_posterior():
+    toy = Toy(FullRank())
     assert divergence(toy) > 1
     toy.fit().assert_reached(1e-4, of_elbo=1e-5)
 
 
-def test_directions_close_the_gap_one_by_one():
+def test_correlations_close_the_gap():
     gaps = []
-    for family in (MeanField(), LowRank(rank=1), LowRank(rank=2), FullRank()):
+    for family in (MeanField(), FullRank()):
         torch.manual_seed(0)
         toy = Toy(family).fit()
         gaps.append((toy.log_evidence - toy.elbo()).item())
-    assert gaps == sorted(gaps, reverse=True)
-    assert gaps[0] > 2 * gaps[1] > 0
-    assert gaps[-1] < 1e-5
+    assert gaps[0] > 0.01
+    assert gaps[1] < 1e-5
 
 
 def banana(V):
@@ -257,7 +253,6 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
     "make",
     [
         lambda: bound(FullRank(), event=(8, 200)),
-        lambda: LowRank(rank=0),
         lambda: Ensemble(members=1),
         lambda: Flow(flows=()),
         lambda: Flow(flows=("splin",)),
