@@ -187,7 +187,7 @@ def _smollm2_files() -> list[Path]:
 def choose_precision(name: str, device: str | torch.device | None = None) -> str:
     """The precision that ``"auto"`` means on a device; any other name is returned as is.
 
-    It means bfloat16 on a GPU or a CPU with native bfloat16 (AMX, AVX512_BF16), else float32.
+    It means bfloat16 on a GPU, and on a CPU with AMX or, unless it is Intel's, AVX512_BF16.
     """
     if check_precision(name) != "auto":
         return name
@@ -198,7 +198,9 @@ def _bfloat16_pays(kind: str) -> bool:
     if kind == "cpu":
         capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
         found = capabilities()
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+        # without AMX a step is 1.7 to 2 times as fast on AMD's processors, and 0.55 on Intel's
+        is_intel = "Intel" in str(found.get("cpu_name"))
+        return bool(found.get("amx_bf16") or (found.get("avx512_bf16") and not is_intel))
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(getattr(torch, kind, None), "is_bf16_supported", None)

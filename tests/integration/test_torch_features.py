@@ -14,6 +14,7 @@ from pyro_blora.guides import Laplace
 from pyro_blora.inference import finish, fit
 from pyro_blora.likelihoods import CausalLM, MultipleChoice
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network.pretrained import _bfloat16_pays  # as it is without this suite
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,20 @@ def test_auto_is_the_default_everywhere(monkeypatch, run, pays, options, expecte
     blora = tiny.adapted(net, guide=Laplace() if run is finish else None)
     run(blora, tiny.examples(), collate=tiny.collate, **options)
     assert (True in seen) is expected
+
+
+@pytest.mark.parametrize(
+    ("found", "pays"),
+    [
+        ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx2": True}, False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_it_faster(monkeypatch, found, pays):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert _bfloat16_pays("cpu") is pays
 
 
 @pytest.mark.parametrize("name", ["half", "double"])
