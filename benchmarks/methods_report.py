@@ -141,8 +141,9 @@ def write_report(cells: Collection[Cell], settings: Mapping[str, Any], out: Path
     for network, where in settings["networks"].items():
         found = {task: rows_of(cells, network, task) for task in where["tasks"]}
         tasks = {task: rows for task, rows in found.items() if rows}
-        if len(tasks) > 1:
-            text += [f"## {network}: mean over {', '.join(tasks)}", "", *summary(tasks), ""]
+        rivaled = {task: rows for task, rows in tasks.items() if LORA in rows}
+        if len(rivaled) > 1:
+            text += [f"## {network}: mean over {', '.join(rivaled)}", "", *summary(rivaled), ""]
         for task, rows in tasks.items():
             spec = where["tasks"][task]
             marked = ", which chose settings of the default" if spec.get("development") else ""
