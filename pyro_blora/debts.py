@@ -54,7 +54,7 @@ def is_enumerating() -> bool:
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.10."""
-    # Without it a layer could be adapted twice, and a hook on the head would see few positions.
+    # Without it a layer could be adapted twice, and shortcuts would change what other hooks see.
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
@@ -66,7 +66,7 @@ def slots_of(module: nn.Module) -> dict[str, Any]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module runs from a graph, by any of three names of torch 2.10's compiler."""
-    # An existing graph has none of the hooks that add updates.
+    # Such a graph does not see a replaced forward, so that no block in it can be skipped.
     return (
         module._compiled_call_impl is not None
         or hasattr(module, "_orig_mod")
@@ -95,6 +95,12 @@ def attention_of(net: nn.Module) -> str | None:
     """How the network computes attention: ``_attn_implementation`` of transformers 5.6."""
     # Eager attention adds its mask to the scores, and the others take a mask of booleans.
     return getattr(getattr(net, "config", None), "_attn_implementation", None)
+
+
+def experts_of(net: nn.Module) -> str | None:
+    """How the network computes its experts: ``_experts_implementation`` of transformers 5.6."""
+    # Shortcuts are verified anew when it changes; without it the old answer would stand.
+    return getattr(getattr(net, "config", None), "_experts_implementation", None)
 
 
 def use_one_gpu(arguments: Any) -> None:

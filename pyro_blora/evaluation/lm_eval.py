@@ -131,7 +131,7 @@ class PosteriorLM(HFLM or object):  # type: ignore[misc]
                 self.blora.model.applied(updates) as net,
             ):
                 logp = logits_at(
-                    net, batch, positions, real.bool(), narrow=self.blora.likelihood.fast
+                    net, batch, positions, real.bool(), narrow=self.blora.likelihood.shortcuts.on
                 ).log_softmax(-1)
             each = logp.gather(1, index).squeeze(1)
             before = torch.cat([part.cumsum(0) - part for part in each.split(counts)])

@@ -14,9 +14,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.utils import ModelOutput
 
-from pyro_blora.debts import is_compiled
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.adapter import in_mode
+from pyro_blora.network.shortcuts import runs_eagerly
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.prediction import Prediction
@@ -140,7 +140,7 @@ def generate(
     with ExitStack() as stack:
         stack.enter_context(in_mode(model.net, training=False))
         stack.enter_context(model.applied(updates))
-        if any(map(is_compiled, model.net.modules())):  # an existing graph has no hooks
+        if not runs_eagerly(model.net.modules()):  # an existing graph has no hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(net.register_forward_pre_hook(average.repeated, with_kwargs=True))
         stack.enter_context(net.register_forward_hook(average.averaged))

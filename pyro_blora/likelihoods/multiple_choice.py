@@ -120,10 +120,9 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
-        packing = False if self.pack is None and not self.fast else self.pack
-        rows = in_rows(net, {key: batch[key] for key in self.keys}, packing)
+        rows = in_rows(net, {key: batch[key] for key in self.keys}, self.shortcuts, self.pack)
         logits = logits_at(
-            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.fast
+            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.shortcuts.on
         )
         real = true_entries(rows.mask, rows.count)
         targets = rows.targets.flatten()[real]

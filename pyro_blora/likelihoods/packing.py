@@ -5,27 +5,19 @@ the rest of every option. Its position ids and attention mask let each option se
 and itself, which gives the same scores with about half the tokens.
 """
 
-import re
-import warnings
-import weakref
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.debts import attention_of, is_compiled
+from pyro_blora.debts import attention_of
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods.reading import compact
-from pyro_blora.network.adapter import in_mode, layer_hook_of, updates_in_place
-from pyro_blora.network.targets import device_of
+from pyro_blora.network.adapter import layer_hook_of
+from pyro_blora.network.shortcuts import Shortcuts, agree, few_tokens, logits_of, window_of
 from pyro_blora.updates import MarginalNoise
-
-_WINDOW = re.compile(r"((window|chunk)(_size)?|index_topk)$")
-#: whether a network packs with an implementation of attention
-_ANSWERS: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -122,10 +114,12 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     return Scored(inputs, positions, targets, option.clamp_min(0), mask, count)
 
 
-def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool | None = None) -> Scored:
+def in_rows(
+    net: nn.Module, batch: Mapping[str, Tensor], shortcuts: Shortcuts, packing: bool | None = None
+) -> Scored:
     """The batch's rows, packed if that leaves the logits the same."""
-    if supports_packing(net) if packing is None else packing:
-        rows, window = pack(batch, additive=_adds_its_mask(net)), _window_of(net)
+    if supports_packing(net, shortcuts) if packing is None else packing:
+        rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
         # The packed mask replaces that of an attention window
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
             return rows
@@ -143,77 +137,28 @@ def check_noise(net: nn.Module, rows: str) -> None:
         )
 
 
-def supports_packing(net: nn.Module) -> bool:
-    """Whether packed and unpacked rows give this network the same logits, by one trial of it."""
-    if getattr(_text_config(net), "vocab_size", 0) < 8:
-        return False
-    answers, key = _ANSWERS.setdefault(net, {}), attention_of(net)
-    if key not in answers:
-        hooks = [hook for hook in map(layer_hook_of, net.modules()) if hook is not None]
-        compiled = any(map(is_compiled, net.modules()))
-        with (
-            in_mode(net, training=False),
-            torch.no_grad(),
-            torch.autocast(device_of(net.modules()).type, enabled=False),
-            updates_in_place(hooks, [None] * len(hooks)),
-            torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
-        ):
-            answers[key] = _packs(net)
-        if not answers[key]:
-            warnings.warn(
-                f"{type(net).__name__} does not give the same logits with options packed behind "
-                "one question; it runs unpacked, which is correct but slower (fast=False packs "
-                "nothing).",
-                stacklevel=2,
-            )
-    return answers[key]
+def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:
+    """Whether packed and unpacked rows give this network the same logits."""
+    shortcuts = shortcuts or Shortcuts()
+    return shortcuts.verified(net, "options packed behind one question", partial(_packs, net))
 
 
 def _packs(net: nn.Module) -> bool:
     """Whether packing leaves the logits of a four-token question with two options the same."""
-    options = [[1, 6, 4, 2, 7, 5], [1, 6, 4, 2, 5, 3]]
-    ids = torch.tensor([options], device=device_of(net.modules()))
+    ids = few_tokens(net, 1)
+    ids = torch.stack([ids[:, :6], torch.cat([ids[:, :4], ids[:, 5:7]], -1)], 1)
     scored = (torch.arange(6, device=ids.device) >= 4).expand_as(ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "option_mask": scored}
     scores = []
     for rows in (pack(batch, additive=_adds_its_mask(net)), unpacked(batch)):
-        logits = _logits_of(net, **rows.inputs)
+        logits = logits_of(net, **rows.inputs)
         index = torch.arange(len(rows.positions), device=ids.device).unsqueeze(-1)
         if logits is None or logits.dim() != 3:
             return False
         scores.append(logits[index, rows.positions].flatten(0, 1))
-    packed, plain = scores
-    if packed.shape != plain.shape:
-        return False
-    half = plain.dtype in (torch.float16, torch.bfloat16)
-    scale = (plain - plain.mean()).norm()
-    return bool((packed - plain).norm() < (0.03 if half else 1e-4) * scale)
-
-
-def _logits_of(net: nn.Module, **inputs: Tensor) -> Tensor | None:
-    """The network's logits; ``None`` if it raises any exception on this input."""
-    for options in ({"use_cache": False}, {}):  # an encoder may not take use_cache
-        with suppress(Exception):
-            logits: Tensor = net(**inputs, **options).logits
-            return logits
-    return None
+    return agree(*scores)
 
 
 def _adds_its_mask(net: nn.Module) -> bool:
     """Whether the network's attention adds the mask to its scores, as eager attention does."""
     return attention_of(net) in ("eager", None)
-
-
-def _window_of(net: nn.Module) -> int | None:
-    """The shortest attention span that the configuration declares: a window, chunk or top-k."""
-    declared = getattr(_text_config(net), "__dict__", {}).items()
-    windows = [v for name, v in declared if _WINDOW.search(name) and type(v) is int and v > 0]
-    return min(windows, default=None)
-
-
-def _text_config(net: nn.Module) -> Any:
-    """The configuration of a network, of its text part if it is multimodal."""
-    config: Any = getattr(net, "config", None)
-    with suppress(Exception):  # a user's own configuration class may do anything here
-        return config.get_text_config()
-    return config

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.debts import hooks_of
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.network.adapter import layer_hook_of
+from pyro_blora.network.shortcuts import is_observed
 from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
 
@@ -115,23 +115,13 @@ def logits_at(
         narrowed.append(True)
         return (gathered(args[0]),)
 
-    narrow = narrow and not _is_observed(net, head)
+    narrow = narrow and not is_observed(net, (net, head))
     with head.register_forward_pre_hook(gather) if narrow else nullcontext():
         logits: Tensor = net(**inputs, use_cache=False).logits
     logits = (logits if narrowed else gathered(logits)).flatten(0, 1)
     if per_row and real is not None:
         logits = logits[real.to(logits.device)]
     return in_single_precision(logits if token_ids is None else logits[..., token_ids])
-
-
-def _is_observed(net: nn.Module, head: nn.Module) -> bool:
-    """Whether the configuration or another library's hook reads what goes through the head."""
-    config = getattr(net, "config", None)
-    if any(getattr(config, n, None) for n in ("output_hidden_states", "output_attentions")):
-        return True
-    hooks = [*hooks_of(net), *hooks_of(head)]
-    packages = {str(getattr(hook, "__module__", "")).split(".")[0] for hook in hooks}
-    return bool(packages - {"torch", "transformers", "pyro_blora"})
 
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""The frozen network: which layers are adapted, and how they get their updates."""
+"""The frozen network: which layers are adapted, how they get their updates, what runs once."""

@@ -190,6 +190,11 @@ class BayesianLoRAModel(PyroModule):
             with torch.no_grad():
                 self._starts |= getattr(self, group.name).start_at(B, A)
 
+    def skippable_blocks(self) -> list[nn.Module]:
+        """The frozen blocks that can be skipped when the same examples run again."""
+        trained = self.trained_heads.names
+        return self.likelihood.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
+
     def attach(self) -> None:
         """Puts the hooks on the network's layers, unless another adapter has hooks there."""
         for name, module in self.net.named_modules():

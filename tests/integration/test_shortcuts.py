@@ -1,5 +1,6 @@
-"""What is computed at few positions or packed is what plain rows give: windows, padding, hooks."""
+"""Every shortcut gives what the plain path gives: logits, hidden states, windows, padding."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from pyro_blora.errors import BatchError
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import KroneckerInducing
+from pyro_blora.network.shortcuts import frozen_blocks
 
 TOKENS = LabelTokens(token_ids=tiny.ANSWERS, num_data=12)
 CLASSES = SequenceClassification(num_data=12)
@@ -79,6 +81,23 @@ def adapted(case, *, layers=(2, 3), **options):
     return tiny.adapted(make(), target_modules=targets, **options), batch(6)
 
 
+def blocks_of(net):
+    return next(m for m in net.modules() if isinstance(m, torch.nn.ModuleList))
+
+
+def rows_run(net):
+    """How many rows each block has run; by its forward, for a hook would have it run every time."""
+    seen = Counter()
+    for index, block in enumerate(blocks_of(net)):
+
+        def forward(hidden, *args, index=index, plain=block.forward, **kwargs):
+            seen[index] += len(hidden)
+            return plain(hidden, *args, **kwargs)
+
+        block.forward = forward
+    return seen
+
+
 def scores(blora, batch, max_rows, draws=5):
     torch.manual_seed(1)
     sites = {site.name: torch.randn(draws, *site.prior.shape()) for site in blora.model.sites}
@@ -88,9 +107,10 @@ def scores(blora, batch, max_rows, draws=5):
 
 
 def assert_fast_is_plain(blora, batch):
-    blora.likelihood.fast = False
+    shortcuts = blora.likelihood.shortcuts
+    shortcuts.on = False
     expected = scores(blora, batch, max_rows=1)
-    blora.likelihood.fast = True
+    shortcuts.on = True
     for max_rows in (1, 12, 100):
         found = scores(blora, batch, max_rows)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
@@ -102,6 +122,8 @@ def test_fast_is_plain(case):
     blora, batch = adapted(case)
     expected = assert_fast_is_plain(blora, batch)
     assert expected.std(0).max() > 1e-3
+    assert len(frozen_blocks(blora.net, blora.model.layer_names)) == 2
+    assert blora.model.skippable_blocks()
 
 
 def test_a_hook_on_the_head_sees_all_positions():
@@ -116,20 +138,36 @@ def test_a_hook_on_the_head_sees_all_positions():
     torch.testing.assert_close(found, expected)
 
 
-def test_each_adapter_of_a_network_packs_or_not():
-    net, batch = tiny.llama(), tiny.choices(6)
-    rows = []
-    net.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(out)))
+def test_blocks_that_run_in_a_loop_are_run():
+    """The second time round, a frozen block is given what the adapted one put out."""
+    net = tiny.llama(4)
+    first, second = net.model.layers[:2]
+    net.model.layers = torch.nn.ModuleList([first, second, first, second])
+    blora = tiny.adapted(net, layers_to_transform=[1], **WIDE_DRAWS)
+    assert_fast_is_plain(blora, tiny.sequences(4))
+
+
+def test_each_adapter_has_its_own_shortcuts_and_answers():
+    """The settings and the answers of one adapter of a network are not those of another."""
+    net, batch = tiny.llama(4), tiny.choices(6)
     slow = tiny.adapted(net, target_modules=["q_proj"], likelihood=CHOICES, fast=False)
+    options = {"likelihood": CHOICES, "layers_to_transform": [2, 3]}
+    seen = rows_run(net)
     slow.predict(batch, 2, max_rows=100)
-    assert rows == [2 * 18]
-    fast = tiny.adapted(slow.unwrap(), target_modules=["v_proj"], likelihood=CHOICES)
+    assert seen == dict.fromkeys(range(4), 2 * 18)
+    assert not slow.likelihood.shortcuts._answers
+    before = set(vars(net))
+    fast = tiny.adapted(slow.unwrap(), target_modules=["v_proj"], **options)
     fast.predict(batch, 2, max_rows=100)
-    assert rows[-1] == 2 * 6
+    assert len(fast.likelihood.shortcuts._answers) == 2
+    assert set(vars(net)) == before
+    seen.clear()
+    fast.predict(batch, 3, max_rows=100)
+    assert seen == {0: 6, 1: 6, 2: 18, 3: 18}
 
 
-def test_another_implementation_of_attention_is_tried_again():
-    blora, batch = adapted("llama, options, eager")
+def test_another_implementation_of_attention_is_probed_again():
+    blora, batch = adapted("llama")
     calls = []
     blora.net.register_forward_pre_hook(lambda *_: calls.append(1))
 
@@ -138,9 +176,38 @@ def test_another_implementation_of_attention_is_tried_again():
         blora.predict(batch, 2, max_rows=100)
         return len(calls)
 
-    assert (passes(), passes()) == (3, 1)
-    blora.net.set_attn_implementation("sdpa")
-    assert passes() == 3
+    first, again = passes(), passes()
+    assert again == 2 < first
+    blora.net.set_attn_implementation("eager")
+    assert passes() == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.model.layers[0].compile(backend="eager"),
+        lambda net: net.model.layers[1].mlp.register_forward_hook(lambda *_: None),
+        lambda net: setattr(net.config, "output_hidden_states", True),
+    ],
+)
+def test_blocks_that_cannot_be_skipped_are_run(change):
+    assert adapted("llama", layers=[0, 3])[0].model.skippable_blocks() == []
+    blora, _ = adapted("llama")
+    skippable, layers = blora.likelihood.shortcuts.skippable_blocks, blora.model.layer_names
+    assert skippable(blora.net, layers)
+    assert not skippable(blora.net, layers, ["model.embed_tokens"])
+    change(blora.net)
+    assert blora.model.skippable_blocks() == []
+
+
+def test_a_failing_pass_leaves_nothing_behind():
+    blora, batch = adapted("llama")
+    blora.predict(batch, 2)
+    before = [dict(vars(module)) for module in (blora.net, *blocks_of(blora.net))]
+    batch["input_ids"][0, 0] = tiny.VOCABULARY + 5
+    with pytest.raises(IndexError):
+        blora.predict(batch, 3)
+    assert [vars(module) for module in (blora.net, *blocks_of(blora.net))] == before
 
 
 class Twice(LabelTokens):
@@ -161,7 +228,7 @@ def test_a_likelihood_that_runs_the_network_several_times(row_by_row):
     blora, batch = adapted("llama", likelihood=Twice(token_ids=tiny.ANSWERS, num_data=12))
     blora.likelihood.row_by_row = row_by_row
     found = scores(blora, batch, max_rows=1)
-    blora.likelihood.fast = False
+    blora.likelihood.shortcuts.on = False
     torch.testing.assert_close(found, scores(blora, batch, max_rows=1), atol=2e-5, rtol=1e-4)
 
 
