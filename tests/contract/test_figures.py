@@ -1,5 +1,6 @@
 """Figures of the pages are in the reports, in tables in what ``<!-- report: SECTION -->`` names."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -46,6 +47,10 @@ def test_the_readme_shows_what_its_program_printed():
         for k, row in enumerate(document["rows"])
     ]
     assert Comparison(rows).to_markdown() in readme
+    said = r"wrong in (\d+) of the (\d+) answers .*?the draws in (\d+) of (\d+),"
+    (counts,) = re.findall(said, readme, re.DOTALL)
+    lora, _, ours = Comparison(rows).columns()["wrong above 95 %"]
+    assert [lora, ours] == [" of ".join(counts[:2]), " of ".join(counts[2:])]
     (program,) = re.findall(r"^table = compare\(.*?^\)", readme, re.DOTALL | re.MULTILINE)
     settings = document["settings"]
     parts = [f'"{row.method}"' for row in rows] + [settings["network"], settings["task"]]
@@ -64,3 +69,10 @@ def test_the_rates_of_the_page_on_hyperparameters_are_the_defaults():
     rates = dict(re.findall(r'^\| `"(\w+)"`.*? \| ([\d.]+) \|', page, re.MULTILINE))
     assert {role: float(rate) for role, rate in rates.items()} == {k: RATES[k] for k in rates}
     assert len(rates) == 4
+
+
+def test_the_picture_of_the_readme_is_that_of_the_quickstart():
+    cells = json.loads((ROOT / "tutorials/00_quickstart.ipynb").read_text("utf-8"))["cells"]
+    outputs = [out.get("data", {}) for cell in cells for out in cell.get("outputs", [])]
+    first = next(data["image/png"] for data in outputs if "image/png" in data)
+    assert (ROOT / "docs/_static/draws.png").read_bytes() == base64.b64decode(first)
