@@ -227,12 +227,19 @@ def check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool 
         )
 
 
-def check_numbers(names: Sequence[str], row: Any) -> None:
-    """Refuses names of labels that are other numbers, or the choices of a row in another order."""
-    choices = row.get("choices", ()) if names and isinstance(row, Mapping) else ()
+def check_choices(rows: Any) -> None:
+    """Refuses labels whose names are the first row's choices in another order, or other places."""
+    names = classes_of(rows)
+    row = rows[0] if names and len(rows) else {}
+    choices = row.get("choices", ()) if isinstance(row, Mapping) else ()
     if set(names) == set(choices):
         check_places(names, choices)
-        return
+    elif len(choices) and names[0] == "0":  # from 1 they are names of places
+        check_numbers(names)
+
+
+def check_numbers(names: Sequence[str]) -> None:
+    """Refuses names of labels that are other numbers than the labels."""
     numbers: dict[int, float] = {}
     for k, name in enumerate(names):
         with suppress(ValueError):

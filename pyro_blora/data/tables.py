@@ -10,7 +10,7 @@ from typing import Any
 from pyro_blora.errors import DataError, first_line, near_miss
 from pyro_blora.items import FORMAT, Item, item_of
 from pyro_blora.labels import (
-    check_numbers,
+    check_choices,
     check_rows,
     classes_of,
     is_list,
@@ -72,11 +72,14 @@ def _read_file(path: Path) -> Any:
         table = load_dataset(path.suffix[1:], **options)
     except Exception as error:  # datasets and the libraries that it uses raise many kinds
         raise DataError(f"{path} cannot be read by datasets: {first_line(error)[:200]}") from error
-    if path.suffix == ".csv" and "__index_level_0__" in table.column_names:
-        raise DataError(
-            f"{path} must have a name for each column, got a value more in its rows than in its "
-            "first line; put texts with a comma in quotes."
-        )
+    index = "__index_level_0__"  # which pandas makes of the values of a column too many
+    if path.suffix == ".csv" and index in table.column_names:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if index not in file.readline():
+                raise DataError(
+                    f"{path} must have a name for each column, got a value more in its rows than "
+                    "in its first line; put texts with a comma in quotes."
+                )
     return table
 
 
@@ -154,9 +157,9 @@ def items_of(tables: Mapping[str, Any]) -> dict[str, list[Item]]:
         names = [str(name) for name in names_of(*tables.values())]
     items: dict[str, list[Item]] = {}
     for split, table in tables.items():
-        items[split], table_names = [], classes_of(table)
+        items[split], table_names = [], classes_of(table) if texts else []
         if not texts:
-            check_numbers(table_names, table_names and table[0])
+            check_choices(table)
         for k in range(len(table)):
             row = table[k]
             if texts:

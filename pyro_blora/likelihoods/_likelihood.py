@@ -18,6 +18,7 @@ from pyro_blora.errors import BatchError, ConfigurationError, check_count
 from pyro_blora.labels import (
     FINITE,
     Kind,
+    check_choices,
     check_numbers,
     check_places,
     checked_labels,
@@ -76,6 +77,7 @@ class Likelihood(Options, PyroModule):
     usual_collator: ClassVar[type[Any] | None] = None  # of rows of text
     unit_options: ClassVar[tuple[str, ...]] = ()  # those that give the unit of the labels
     task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
+    labels_count: ClassVar[bool] = False  # whether labels are quantities, and no names of places
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
     labels_are_inputs: ClassVar[bool] = False  # whether they are tokens of the input, as of text
     data_names: Sequence[str] = ()  # of the numbers that are labels, in the training's data set
@@ -149,6 +151,7 @@ class Likelihood(Options, PyroModule):
         if is_from(collate, "pyro_blora."):  # a user's subclass may read other columns
             if isinstance(collate, PromptCollator):
                 collate.check(rows, labeled)
+                check_choices(rows)
             elif isinstance(collate, NumberCollator):
                 checked_labels(rows, labeled, self.label_kind, "text")
         self._check_numbering(rows, collate, training)
@@ -166,7 +169,8 @@ class Likelihood(Options, PyroModule):
         if not is_from(collate, "pyro_blora.", "transformers.", "torch."):  # which read labels
             return
         names = next(filter(None, (classes_of(rows, name) for name in ("label", "labels"))), [])
-        check_numbers(names, names and rows[0])
+        if self.labels_count:
+            check_numbers(names)
         if "data_names" in self.options():
             self.check_names(names, training)
 

@@ -45,6 +45,7 @@ class Ordinal(Likelihood):
     task_type = "SEQ_CLS"
     roles: ClassVar[dict[str, str]] = {"cuts": "likelihood"}
     usual_collator = ClassificationCollator
+    labels_count = True
 
     def __init__(
         self, *, num_classes: int, num_data: int | None = None, data_names: Sequence[str] = ()

@@ -58,6 +58,7 @@ class Regression(Likelihood):
     learning_rates: ClassVar[dict[str, float]] = {"scale": 1e-2}
     usual_collator = NumberCollator
     unit_options = ("loc", "scale")
+    labels_count = True
 
     def __init__(
         self, *, num_data: int | None = None, loc: float | None = None, scale: float | None = None

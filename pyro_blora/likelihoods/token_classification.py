@@ -85,7 +85,7 @@ class TokenClassification(TokenLabels, SequenceClassification):
     task_type = "TOKEN_CLS"
     padding = DataCollatorForTokenClassification
     usual_collator = TagCollator
-    label_columns = ("tags", "ner_tags", "label", "labels")
+    label_columns = ("tags", "label", "labels")
 
     def output_names(self, rows: Any) -> Sequence[str]:
         """``classes``, or the tags in the rows, sorted."""

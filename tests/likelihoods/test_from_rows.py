@@ -115,10 +115,24 @@ def test_choices_whose_numbers_have_names_in_another_order_are_refused():
         {"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)
     ]
     data = Dataset.from_list(rows)
-    for names, is_right in ((["no", "yes"], True), (["yes", "no"], False), (["1", "0"], False)):
+    cases = ((["no", "yes"], True), (["yes", "no"], False), (["0", "2"], False), (["1", "2"], True))
+    for names, is_right in cases:
         named = data.cast_column("label", ClassLabel(names=names))
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
             load_task(named)
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
             likelihood = MultipleChoice()
             likelihood.read(named, MultipleChoiceCollator(TOKENIZER), None, labeled=1, training=1)
+
+
+def test_a_column_that_a_likelihood_does_not_read_may_have_any_names():
+    names = ClassLabel(names=["1", "2"])
+    data = Dataset.from_list([{**row, "label": k % 2} for k, row in enumerate(ROWS["pairs"])])
+    fit(adapter("pairs"), data.cast_column("label", names), **FEW)
+    empty = data.cast_column("label", names).select([])
+    rows = [
+        {"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)
+    ]
+    named = Dataset.from_list(rows).cast_column("label", names)
+    assert not load_task({"train": named, "test": named.select([])}).test
+    MultipleChoice().check_loader(DataLoader(empty), None, None, training=False)
