@@ -194,7 +194,8 @@ class Comparison:
     def __rich__(self) -> Table:
         table = Table(title=self.title or None, box=None, padding=(0, 1, 0, 0), pad_edge=False)
         columns = self.columns()
-        columns.pop("Brier", None)  # for which 80 columns have no room
+        for name in ("Brier", "labels beside training"):  # for which 80 columns have no room
+            columns.pop(name, None)
         for name, cells in columns.items():
             first = name == "method"
             words = [len(word) for cell in (name, *cells) for word in cell.split()]
