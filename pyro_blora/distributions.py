@@ -169,7 +169,7 @@ def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
 
 
 class Reshaped(RealNormal):
-    """A multivariate normal with its event reshaped; it keeps what the closed KL needs."""
+    """A multivariate normal with its event reshaped, and the moments that its closed KL reads."""
 
     def __init__(self, base: MultivariateNormal, event_shape: Sequence[int]) -> None:
         self.base_dist = base

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any
 
@@ -230,8 +229,9 @@ def check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool 
 def check_choices(rows: Any) -> None:
     """Refuses labels whose names are the first row's choices in another order, or other places."""
     names = classes_of(rows)
-    row = rows[0] if names and len(rows) else {}
-    choices = row.get("choices", ()) if isinstance(row, Mapping) else ()
+    if not names or not len(rows) or not isinstance(rows[0], Mapping):
+        return
+    choices = rows[0].get("choices", ())
     if set(names) == set(choices):
         check_places(names, choices)
     elif len(choices) and names[0] == "0":  # from 1 they are names of places
@@ -240,15 +240,16 @@ def check_choices(rows: Any) -> None:
 
 def check_numbers(names: Sequence[str]) -> None:
     """Refuses names of labels that are other numbers than the labels."""
-    numbers: dict[int, float] = {}
     for k, name in enumerate(names):
-        with suppress(ValueError):
-            numbers[k] = float(name)
-    if other := [k for k, number in numbers.items() if number != k]:
-        raise DataError(
-            f"The labels must be numbers as they are, got a ClassLabel that has {other[0]} for "
-            f"{names[other[0]]!r}; keep a column of the numbers, and encode a copy of it."
-        )
+        try:
+            is_other = float(name) != k
+        except ValueError:  # a word
+            continue
+        if is_other:
+            raise DataError(
+                f"The labels must be numbers as they are, got a ClassLabel that has {k} for "
+                f"{name!r}; keep a column of the numbers, and encode a copy of it."
+            )
 
 
 def label_of(

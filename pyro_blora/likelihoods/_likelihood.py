@@ -166,12 +166,14 @@ class Likelihood(Options, PyroModule):
 
     def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
         """Refuses numbers whose names are other numbers, or in another order than in training."""
-        if not is_from(collate, "pyro_blora.", "transformers.", "torch."):  # which read labels
+        ours = is_from(collate, "pyro_blora.", "transformers.", "torch.")  # others read labels
+        keeps_names = "data_names" in self.options()
+        if not ours or not (self.labels_count or keeps_names):
             return
         names = next(filter(None, (classes_of(rows, name) for name in ("label", "labels"))), [])
         if self.labels_count:
             check_numbers(names)
-        if "data_names" in self.options():
+        if keeps_names:
             self.check_names(names, training)
 
     def check_names(self, names: Sequence[str], training: bool) -> None:

@@ -110,19 +110,19 @@ def test_numbers_whose_names_are_other_numbers_are_refused(kind):
     blora.evaluate(plain.class_encode_column("label"), num_samples=0)  # 0 to 2, which are as named
 
 
+ITEMS = [{"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)]
+
+
 def test_choices_whose_numbers_have_names_in_another_order_are_refused():
-    rows = [
-        {"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)
-    ]
-    data = Dataset.from_list(rows)
+    data = Dataset.from_list(ITEMS)
     cases = ((["no", "yes"], True), (["yes", "no"], False), (["0", "2"], False), (["1", "2"], True))
     for names, is_right in cases:
         named = data.cast_column("label", ClassLabel(names=names))
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
             load_task(named)
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
-            likelihood = MultipleChoice()
-            likelihood.read(named, MultipleChoiceCollator(TOKENIZER), None, labeled=1, training=1)
+            collate = MultipleChoiceCollator(TOKENIZER)
+            MultipleChoice().read(named, collate, None, labeled=True, training=True)
 
 
 def test_a_column_that_a_likelihood_does_not_read_may_have_any_names():
@@ -130,9 +130,6 @@ def test_a_column_that_a_likelihood_does_not_read_may_have_any_names():
     data = Dataset.from_list([{**row, "label": k % 2} for k, row in enumerate(ROWS["pairs"])])
     fit(adapter("pairs"), data.cast_column("label", names), **FEW)
     empty = data.cast_column("label", names).select([])
-    rows = [
-        {"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)
-    ]
-    named = Dataset.from_list(rows).cast_column("label", names)
+    named = Dataset.from_list(ITEMS).cast_column("label", names)
     assert not load_task({"train": named, "test": named.select([])}).test
     MultipleChoice().check_loader(DataLoader(empty), None, None, training=False)
