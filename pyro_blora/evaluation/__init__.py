@@ -1,1 +1,1 @@
-"""Metrics, comparisons of methods, plots and the lm-evaluation-harness."""
+"""Metrics, comparisons of methods, and plots."""
