@@ -5,7 +5,6 @@ out of its range, or a site too large for a family, raises ``ConfigurationError`
 """
 
 from pyro_blora.guides._site_guide import Site, SiteGuide
-from pyro_blora.guides.amortized import Amortized
 from pyro_blora.guides.delta import Delta
 from pyro_blora.guides.ensemble import Ensemble
 from pyro_blora.guides.flow import Flow
@@ -15,7 +14,6 @@ from pyro_blora.guides.matrix_normal import MatrixNormal
 from pyro_blora.guides.mean_field import MeanField
 
 __all__ = [
-    "Amortized",
     "Delta",
     "Ensemble",
     "Flow",

@@ -62,7 +62,6 @@ class Site:
     prior: TorchDistribution  #: its distribution, batch shape ``(..., n)`` for ``n`` layers
     plates: tuple[CondIndepStackFrame, ...]  #: the plates around it
     suggested: Tensor | None = None  #: the prior's suggestion of a start, ``(n, *event_shape)``
-    context_size: int = 0  #: size of the context of an amortized family
 
     @property
     def group(self) -> str:
@@ -170,9 +169,6 @@ class SiteGuide(Options, PyroModule):
 
     #: the learning rate of each parameter in ``fit``: ``"mean"``, ``"scale"`` or ``"direction"``
     roles: ClassVar[dict[str, str]] = {}
-    #: whether q depends on the examples; then :meth:`distribution` takes a ``context``,
-    #: ``(P, 1, ..., 1, d)`` for ``P`` particles, ``(d,)`` for all, or ``None``
-    reads_context: ClassVar[bool] = False
     couples_sites: ClassVar[bool] = False  #: whether draws of two sites depend on each other
     #: whether q is symmetric around its mean, so that draws are made in pairs of mirror images;
     #: False for a subclass of a symmetric family that defines another distribution
@@ -215,23 +211,17 @@ class SiteGuide(Options, PyroModule):
         """The distribution q of the unconstrained value, whose shape is ``site.shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution().")
 
-    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+    def forward(self) -> TorchDistribution:
         """The distribution q of the value of the site itself, in the prior's support."""
-        q = self.conditional(context)
+        q = self.distribution()
         if self.site.is_real:
             return q
         # with a cache, because a flow can only score the value that it has just drawn
         return TransformedDistribution(q, [self.site.transform.with_cache()])
 
-    def conditional(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution q of the unconstrained value, given a context where q reads one."""
-        if self.reads_context:
-            return self.distribution(context)  # type: ignore[call-arg]
-        return self.distribution()
-
-    def center(self, context: Tensor | None = None) -> Tensor:
+    def center(self) -> Tensor:
         """The image of the mean of :meth:`distribution`, which draws estimate if it is unknown."""
-        q = self.conditional(context)
+        q = self.distribution()
         try:
             mean: Tensor = q.mean
         except NotImplementedError:

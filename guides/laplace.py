@@ -138,7 +138,7 @@ class Laplace(Delta):
         turn = _Rotation(self.row_basis, self.col_basis, self.loc)
         return dist.TransformedDistribution(noise, [turn])
 
-    def center(self, context: Tensor | None = None) -> Tensor:
+    def center(self) -> Tensor:
         """The image of ``loc``."""
         return self.loc if self.site.is_real else self.site.transform(self.loc)
 

@@ -40,7 +40,6 @@ from pyro_blora.posterior.guide import (
     described,
     draws_apart,
     make_guide,
-    posteriors_of,
 )
 from pyro_blora.posterior.posterior import Posterior, Samples
 from pyro_blora.posterior.store import OwnTensors
@@ -403,7 +402,6 @@ class BayesianLoRA(PyroModule):
                 f"{type(self.likelihood).__name__} and {type(self.tokenizer).__name__}."
             )
         self.method.check_draws()
-        posteriors_of(self.guide, None)  # raises if the draws depend on the input
 
         def scored(batch: Batch) -> tuple[Tensor, None]:
             with draws_apart(self.guide, self.device):  # one a pass, whatever the batch's size
@@ -592,7 +590,7 @@ class BayesianLoRA(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output under the posterior mean."""
-        with self.posterior(batch=kwargs) as net:
+        with self.posterior() as net:
             return net(*args, **kwargs)
 
     def __repr__(self) -> str:

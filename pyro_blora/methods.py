@@ -71,15 +71,14 @@ _LORA = models.GaussianFactors(random="both", sigma=1e4)
 _WIDE = models.GaussianFactors(random="both", sigma=1.0)
 _MEAN_FIELD = guides.MeanField(init_scale=0.1)
 _BLOB = models.GaussianFactors(random="A", sigma=0.2)
-_NARROW = 0.0125  # eps^2 with eps = 0.05, as in BLoB
 _KNOWN = (
     Method("bayesian-lora", _KRONECKER, guides.MatrixNormal()),
     _published("lora", _LORA, guides.Delta(), {"mean": 5e-4}),
     Method("map", _KRONECKER, guides.Delta()),
     _published("bayesian-lora-factor", models.FactorInducing(conditional="scaled"), _MEAN_FIELD),
     Method("mean-field", _KRONECKER, guides.MeanField()),
-    _published("blob", _BLOB, guides.MeanField(init_scale=_NARROW)),
-    _published("c-lora", _BLOB, guides.Amortized(init_scale=_NARROW)),
+    # BLoB's eps^2 with eps = 0.05
+    _published("blob", _BLOB, guides.MeanField(init_scale=0.0125)),
     _published("scalabl", models.Subspace(), _MEAN_FIELD),
     _published("b-lora-xs", models.SpectralInducing(rank=8), guides.FullRank(init_scale=0.1)),
     _published("laplace-lora", _WIDE, guides.Laplace(), linearized=True),

@@ -106,7 +106,7 @@ class PairContract(_Contract):
             p = poutine.trace(poutine.replay(blora.model, trace=q)).get_trace(batch)
             updates = poutine.replay(blora.model.updates, trace=q)()
         assert _latents(q) == _latents(p), f"Guide: {_latents(q)}, model: {_latents(p)}."
-        for name, center in blora.guide.center(batch).items():
+        for name, center in blora.guide.center().items():
             ours, site = q.nodes[name], p.nodes[name]
             shape, wanted = ((s["fn"].event_shape, {*s["cond_indep_stack"]}) for s in (ours, site))
             assert shape == wanted, f"{name} is {shape} in the guide and {wanted} in the model."
@@ -224,7 +224,7 @@ class GuideContract(PairContract):
             one = torch.ones(3, *event)
             for normal in (dist.Normal(one, one), dist.HalfNormal(one), dist.Beta(one, one)):
                 p = normal.to_event(len(event))
-                q = self.make().bind(Site("g.s", p, (), context_size=4))
+                q = self.make().bind(Site("g.s", p, ()))
                 drawn = q.forward().expand(torch.Size([5, 3]))
                 value, center = drawn(), q.center()
                 given = tuple(drawn.log_prob(value).shape), tuple(value.shape), tuple(center.shape)
@@ -242,7 +242,7 @@ class GuideContract(PairContract):
         """A registered KL is the mean log ratio of draws; and q starts at a normal prior."""
         torch.manual_seed(0)
         p = dist.Normal(torch.zeros(3, 2, 2), 1.0).to_event(2)
-        q = self._bound(Site("g.V", p, (), context_size=4), 1.0)
+        q = self._bound(Site("g.V", p, ()), 1.0)
         starts = self.starts_at_prior and "init_scale" in q.options()
         assert list(q.parameters()), f"The family has no parameters: {_PARAMS}."
         for spread in (0.0, 0.3):
@@ -269,22 +269,21 @@ class GuideContract(PairContract):
         the slope of the mean weight is zero in every parameter. Here p is a normal fitted to the
         tenth of the draws around the median. A point has no density, so it passes.
         """
-        context = self.adapted().guide.context(self.batch(1), lambda rows: rows[0])
         one = torch.ones(())
         priors = dist.Normal(0 * one, one), dist.HalfNormal(one), dist.Beta(one, one)
         for prior, shape in zip(priors, ((1, 2, 2), (2,), (2, 2)), strict=True):
             torch.manual_seed(0)
             p = prior.expand(torch.Size(shape)).to_event(len(shape) - 1)
-            site = Site("g.s", p, (), context_size=0 if context is None else len(context))
+            site = Site("g.s", p, ())
             q = self._bound(site, 0.1)
             for parameter in q.parameters():
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
             if isinstance(q, Laplace):
                 q.finish({site.name: q}, [{site.name: torch.randn(8, 3, *site.shape)}])
-            point = q.conditional(context)
+            point = q.distribution()
             if isinstance(getattr(point, "base_dist", point), dist.Delta | Members):
                 return
-            for part, misses in _misses(q, context).items():
+            for part, misses in _misses(q).items():
                 mean, error = misses.mean(0), 6 * misses.std(0) / len(misses) ** 0.5 + 0.02
                 worst = (mean.abs() / error).argmax()
                 off, bar = float(mean.flatten()[worst]), float(error.flatten()[worst])
@@ -400,14 +399,14 @@ def _train(blora: BayesianLoRA, batch: dict[str, Any], steps: int = 3, *, svi: b
     return float(loss.detach())
 
 
-def _misses(q: SiteGuide, context: Tensor | None) -> dict[str, Tensor]:
+def _misses(q: SiteGuide) -> dict[str, Tensor]:
     """By name, what must be zero on average, in 50 batches of draws with the weights p / q."""
     transform, parameters = q.site.transform, list(q.parameters())
     names = [n.removesuffix("_unconstrained") for n, _ in q.named_parameters()]
 
     def draw() -> tuple[Tensor, Tensor]:
         """Unconstrained draws, ``(2000, k)``, and their log densities, by one way or by two."""
-        density = q.forward(context).expand(torch.Size([2000, *q.site.batch_shape]))
+        density = q.forward().expand(torch.Size([2000, *q.site.batch_shape]))
         value = density()
         real, scores = transform.inv(value), [density.log_prob(value)]
         # some score their draws by the noise, and some flows can score no other value

@@ -120,7 +120,7 @@ class PeftAdapter:
         model = posterior.model
         for name, tensor in model.trained_heads.tensors().items():
             tensor.copy_(self.others[name])
-        means = posterior.mean()  # at the start an amortized mean is that of any input
+        means = posterior.mean()
         for group in model.groups:
             layers = means[group.name].layers()
             for name, layer in zip(group.module_names, layers, strict=True):
@@ -353,12 +353,11 @@ def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_sample
     else:
         posterior.method.check_draws()
         temperature = float(model.temperature)
-        amortized = getattr(posterior.guide, "reads_context", False)
-        updates = {} if amortized else posterior.pairs()(num_samples)
-        if not updates or any(update.noise is not None for update in updates.values()):
+        updates = posterior.pairs()(num_samples)
+        if any(update.noise is not None for update in updates.values()):
             raise ConfigurationError(
-                "A draw is not a LoRA if it depends on the input, as with Amortized, or has noise; "
-                "export the mean, or use conditional='deterministic'."
+                "A draw is not a LoRA if it has noise; export the mean, or use "
+                "conditional='deterministic'."
             )
     loras = [_lora(model, updates, temperature, k) for k in range(len(places))]
     texts = _numbers_of(model, temperature)

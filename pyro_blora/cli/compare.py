@@ -39,7 +39,7 @@ def run(
         str,
         typer.Option(
             help="Comma-separated: bayesian-lora, lora, map, bayesian-lora-factor, mean-field, "
-            "blob, c-lora, scalabl, b-lora-xs, laplace-lora, ensemble; pairs such as "
+            "blob, scalabl, b-lora-xs, laplace-lora, ensemble; pairs such as "
             "Subspace+FullRank or my_module:MyPrior+MeanField; and KIND:NAME for each of them, "
             "where KIND is split (a temperature fitted to an eighth of the training items), "
             "temperature (one fitted to validation items), best (the best of three validations), "

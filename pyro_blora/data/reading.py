@@ -48,7 +48,7 @@ def reading(
         return rows, collate_labels
     whole: Any = getattr(without_peft(net), "_orig_mod", without_peft(net))  # if compiled
     known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}
-    known |= {"labels", "label", "label_ids", "context"}
+    known |= {"labels", "label", "label_ids"}
     return rows, lambda part: collate_labels(
         [{name: row[name] for name in row if name in known} for row in part]
     )

@@ -126,9 +126,7 @@ def generate(
     if input_ids is not None:
         options["input_ids"] = input_ids
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
-    keys = ("input_ids", "attention_mask")
-    prompt = {key: options[key] for key in keys if options.get(key) is not None}
-    updates = posterior.pairs(prompt)(num_samples) if num_samples else posterior.mean(prompt)
+    updates = posterior.pairs()(num_samples) if num_samples else posterior.mean()
     distilled = not num_samples and model.enabled and not model.likelihood.predicts
     temperature = float(model.mean_temperature) if distilled else 1.0
     average, ends = _Average(max(1, num_samples), temperature), _Ends()

@@ -123,7 +123,7 @@ def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes | None) -> Sizes:
         pyro.validation_enabled(False),
         in_mode(blora.net, training=False),
         heads.input_sizes() as inputs,
-        blora.posterior(0, prepared) as net,
+        blora.posterior() as net,
     ):
         logits = likelihood.logits(net, prepared)
     labels, classes = likelihood.labels(prepared), 2

@@ -79,7 +79,6 @@ class Likelihood(Options, PyroModule):
     task_type: ClassVar[str | None] = None  # the one for which PEFT trains a new head, too
     labels_count: ClassVar[bool] = False  # whether labels are quantities, and no names of places
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
-    labels_are_inputs: ClassVar[bool] = False  # whether they are tokens of the input, as of text
     data_names: Sequence[str] = ()  # of the numbers that are labels, in the training's data set
     trained_head: Tensor  # whether the head is that of a LoRA, trained before; saved with the rest
 

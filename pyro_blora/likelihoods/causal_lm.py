@@ -34,7 +34,6 @@ class CausalLM(TokenLabels):
 
     padding = DataCollatorForSeq2Seq
     predicts = False
-    labels_are_inputs = True
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError if ``net`` is a classifier or an encoder-decoder."""

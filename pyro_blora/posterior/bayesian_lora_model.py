@@ -59,11 +59,6 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def open_plates() -> dict[str, int]:
-    """The names and sizes of the vectorized plates that are open now."""
-    return {frame.name: frame.size for frame in get_plates() if frame.vectorized}
-
-
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
     """The batch repeated ``times`` times, so that each particle or draw sees all its examples."""
     return {
@@ -285,7 +280,7 @@ class BayesianLoRAModel(PyroModule):
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
-        if count > 1 and ELBO_PLATE not in open_plates():
+        if count > 1 and ELBO_PLATE not in {plate.name for plate in get_plates()}:
             batch = repeat_batch(batch, count)
         elif examples % count:
             divisors = [d for d in range(1, examples + 1) if examples % d == 0]

@@ -1,10 +1,8 @@
 """The guide of a whole model: one bound guide family for each latent site, or an AutoGuide."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import pyro
@@ -15,15 +13,13 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from pyro_blora.debts import ELBO_PLATE
 from pyro_blora.distributions import Members
 from pyro_blora.errors import ConfigurationError, check_kind
 from pyro_blora.guides import Ensemble, Laplace
 from pyro_blora.guides._site_guide import Site, SiteGuide, forked_rng
-from pyro_blora.likelihoods import Batch
 from pyro_blora.methods import Method
 from pyro_blora.network.targets import by_group
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, open_plates
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.store import read_store
 
 DRAWS_PLATE = "posterior_samples"  # the name of the plate of Posterior.draws
@@ -87,63 +83,40 @@ class StructuredGuide(PyroModule):
         families = list(chosen.values())
         for each in families:  # an AutoGuide is for the whole model, not for one group
             check_kind("guide", each, SiteGuide)
-        self.reads_context = any(each.reads_context for each in families)
         self.couples_sites = any(each.couples_sites for each in families)
         self.is_symmetric = all(each.symmetric for each in families)
-        embeddings = None
-        if self.reads_context:
-            embeddings = getattr(model.net, "get_input_embeddings", lambda: None)()
-        size = 0 if embeddings is None else int(embeddings.weight.shape[-1])
         for site in sites:
             template = chosen[site.group] if isinstance(family, Mapping) else family
-            bound = template.bind(replace(site, context_size=size))
-            setattr(self, self._attributes[site.name], bound)
-        self.nesting = model.max_plate_nesting
+            setattr(self, self._attributes[site.name], template.bind(site))
 
     def families(self) -> dict[str, SiteGuide]:
         """The bound family of each site."""
         return {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
 
     def forward(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """Samples every site; ``batch`` is read by amortized families alone."""
-        context = self.context(batch, context_of_particles)
+        """Samples every site; the ``batch`` is the model's alone."""
         values: dict[str, Tensor] = {}
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
             for name, family in self.families().items():
-                q = family(context)
+                q = family()
                 with ExitStack() as stack:
                     for frame in family.site.plates:
                         stack.enter_context(self._plates[frame.name])
                     values[name] = pyro.sample(name, q)
         return values
 
-    def center(self, batch: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-        """The center of each site: its mean, or the image of the mean of its unconstrained value.
-
-        An amortized family has one for each example of ``batch``, ``(B, n, *event_shape)``.
-        """
-        context = self.context(batch)
+    def center(self) -> dict[str, Tensor]:
+        """The mean of each site, or the image of the mean of its unconstrained value."""
         read_store(self)
         with torch.autocast(self._model[0].groups[0].device.type, enabled=False):
-            return {name: family.center(context) for name, family in self.families().items()}
-
-    def context(
-        self,
-        batch: Mapping[str, Any] | None,
-        arrange: Callable[[Tensor], Tensor] = lambda context: context,
-    ) -> Tensor | None:
-        """The examples' contexts, outside of all plates, or ``None`` if no family reads them."""
-        if batch is None or not self.reads_context:
-            return None
-        context = arrange(pooled_context(self._model[0], batch))
-        return context if context.dim() == 1 else context.unflatten(0, (-1, *(1,) * self.nesting))
+            return {name: family.center() for name, family in self.families().items()}
 
 
 def point_masses(guide: nn.Module) -> list[Delta | Members]:
     """The distributions q of sites that are point masses; none of an AutoGuide."""
     families = guide.families().values() if isinstance(guide, StructuredGuide) else ()
     with torch.no_grad(), pyro.validation_enabled(False):
-        distributions = [family.conditional() for family in families]
+        distributions = [family.distribution() for family in families]
     bare = (q.base_dist if isinstance(q, Independent) else q for q in distributions)
     return [q for q in bare if isinstance(q, Delta | Members)]
 
@@ -200,47 +173,6 @@ def warn_of_a_point(guide: nn.Module, num_samples: int) -> None:
             "pyro_blora.inference.finish(blora, train, collate=...) after your own training.",
             stacklevel=7,
         )
-
-
-@torch.no_grad()
-def pooled_context(model: BayesianLoRAModel, batch: Batch) -> Tensor:
-    """The batch's ``context``, ``(B, d)``, or its mean embedding, scaled to norm ``sqrt(d)``."""
-    if "context" in batch:
-        return batch["context"]
-    ids = batch["input_ids"]
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    weight = torch.ones_like(ids) if mask is None else mask
-    if model.likelihood.labels_are_inputs and labels is not None and labels.shape == ids.shape:
-        weight = weight * (labels == -100)  # the context must not depend on the labels
-    embedded = model.net.get_input_embeddings()(ids)  # type: ignore[operator]
-    embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
-    dims = tuple(range(1, ids.dim()))
-    mean = (embedded * weight.unsqueeze(-1)).sum(dims)  # up to a factor, which normalize() drops
-    return nn.functional.normalize(mean, dim=-1) * float(mean.shape[-1]) ** 0.5
-
-
-def posteriors_of(guide: nn.Module, batch: Mapping[str, Any] | None) -> int:
-    """The number of posteriors: one per example for an amortized guide, otherwise one."""
-    if not getattr(guide, "reads_context", False):
-        return 1
-    for key in ("context", "input_ids"):
-        if batch is not None and key in batch:
-            return len(batch[key])
-    raise ConfigurationError(
-        "A guide that depends on the input, such as Amortized, must have a batch with input_ids or "
-        "a context, got none, because it has no single mean; pass batch=, or call predict(batch)."
-    )
-
-
-def context_of_particles(context: Tensor) -> Tensor:
-    """The context of each particle of the open plates, ``(P, d)``, or one for all, ``(d,)``."""
-    plates, examples = open_plates(), context.shape[0]
-    particles = math.prod(plates.values())
-    if ELBO_PLATE in plates and examples % particles == 0:  # each has its own examples
-        return context.reshape(particles, -1, context.shape[-1]).mean(1)
-    if DRAWS_PLATE in plates and particles % examples == 0:  # they take the examples in turn
-        return context.repeat(particles // examples, 1)
-    return context.mean(0)
 
 
 def described(

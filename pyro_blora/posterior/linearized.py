@@ -31,12 +31,11 @@ def logit_jacobian(
     sites = {name: family.site for name, family in guide.families().items()}
     leaves: dict[str, Tensor] = {}
     with torch.no_grad():
-        center = guide.center(batch)
+        center = guide.center()
     for name, site in sites.items():
-        point = site.transform.inv(center[name])
-        outside = (1,) * (guide.nesting - len(site.batch_shape))
-        point = point.reshape(-1, *outside, *site.shape)  # one per example, or one for all
-        leaves[name] = point.expand(examples, *point.shape[1:]).clone().requires_grad_()
+        outside = (1,) * (model.max_plate_nesting - len(site.batch_shape))
+        point = site.transform.inv(center[name]).reshape(*outside, *site.shape)
+        leaves[name] = point.repeat(examples, *(1,) * point.dim()).requires_grad_()
     with torch.enable_grad():
         values = {name: sites[name].transform(x) for name, x in leaves.items()}
         updates = pyro.poutine.condition(model.updates, data=values)()
@@ -74,12 +73,9 @@ def linearized_logits(
     assert isinstance(guide, StructuredGuide)
     drawn = logits.repeat(num_samples, 1, 1)
     with torch.autocast(logits.device.type, enabled=False):
-        context = guide.context(batch)
         for name, family in guide.families().items():
-            center = family.site.transform.inv(family.center(context))
-            moved = family.conditional(context).sample(torch.Size([num_samples])) - center
-            size = family.site.shape.numel()
-            moved = moved.reshape(num_samples, -1, size)  # (S, B, size), or (S, 1, size)
-            J = jacobian[name].reshape(*logits.shape, size).to(moved.dtype)
-            drawn += torch.einsum("bck,sbk->sbc", J, moved.expand(-1, len(logits), -1))
+            center = family.site.transform.inv(family.center())
+            moved = family.distribution().sample(torch.Size([num_samples])) - center
+            J = jacobian[name].reshape(*logits.shape, -1).to(moved.dtype)
+            drawn += torch.einsum("bck,sk->sbc", J, moved.reshape(num_samples, -1))
     return drawn

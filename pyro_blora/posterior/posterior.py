@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoMessenger
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -31,10 +30,8 @@ from pyro_blora.posterior.bayesian_lora_model import (
 from pyro_blora.posterior.guide import (
     DRAWS_PLATE,
     StructuredGuide,
-    context_of_particles,
     draws_apart,
     ensembles_from_start,
-    posteriors_of,
     start_guide,
     warn_of_a_point,
 )
@@ -53,8 +50,7 @@ class Posterior:
 
     Called, it is a context in which the network runs under draws of U, or under their mean for 0.
     The rows of any batch are divided evenly among the ``num_samples`` draws. Conditional noise is
-    drawn anew at every call of a layer; the mean has none. If the posterior depends on the input,
-    it is that of ``batch``. Other threads wait.
+    drawn anew at every call of a layer; the mean has none. Other threads wait.
 
     Example::
 
@@ -68,32 +64,31 @@ class Posterior:
     method: Method  #: how many draws a prediction takes, and whether they are linearized
 
     @contextmanager
-    def __call__(self, num_samples: int = 0, batch: Batch | None = None) -> Iterator[nn.Module]:
+    def __call__(self, num_samples: int = 0) -> Iterator[nn.Module]:
         """Yields the network under draws of U, or under their mean for 0."""
         with LOCK:
             self.model.check_attached()
-            with self.model.applied(self.draws(num_samples, batch)) as net:
+            with self.model.applied(self.draws(num_samples)) as net:
                 yield net
 
     @one_at_a_time
-    def draws(self, num_samples: int = 0, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
+    def draws(self, num_samples: int = 0) -> dict[str, LowRankUpdate]:
         """Draws of the updates by group, without gradient, or :meth:`mean` for 0.
 
         Factors have a leading dimension ``num_samples``.
         """
-        posteriors_of(self.guide, batch)  # raises if the guide needs a batch
         if num_samples == 0:
-            return self.mean(batch)
+            return self.mean()
         start_guide(self.guide)
         read_store(self.model)
         with torch.no_grad(), self._plate(num_samples):
-            trace = pyro.poutine.trace(self.guide).get_trace(self._argument(batch))
+            trace = pyro.poutine.trace(self.guide).get_trace(None)
             return pyro.poutine.replay(self.model.updates, trace=trace)()
 
     @one_at_a_time
     @torch.no_grad()
-    def mean(self, batch: Batch | None = None) -> dict[str, LowRankUpdate]:
-        """The mean of each factor, ``(n, ...)``, or ``(B, n, ...)`` for an amortized guide.
+    def mean(self) -> dict[str, LowRankUpdate]:
+        """The mean of each factor, ``(n, ...)``.
 
         It is exact if the factors are linear in all sites. Sites that are constrained or marked
         ``infer={"nonlinear": True}`` are averaged over 1,024 draws with fixed seeds, which is off
@@ -102,9 +97,7 @@ class Posterior:
         model, guide, held = self.model, self.guide, Trace()
         start_guide(guide)
         read_store(model)
-        amortized = batch is not None and getattr(guide, "reads_context", False)
-        lead = (posteriors_of(guide, batch),) if amortized else ()
-        center = self._center(batch)
+        center = self._center()
         if center is not None:
             at_center = pyro.poutine.condition(model.updates, data=center)
             nodes = pyro.poutine.trace(at_center).get_trace().nodes
@@ -115,42 +108,38 @@ class Posterior:
                 return {name: update.without_noise() for name, update in updates}
             if isinstance(guide, StructuredGuide) and not guide.couples_sites:
                 for name, node in linear.items():  # independent of the sites that are drawn
-                    value = center[name]
-                    if guide.families()[name].reads_context:  # one mean per example
-                        value = value.repeat(_DRAWS, *(1,) * (value.dim() - 1))
-                    held.add_node(name, **{**node, "value": value, "is_observed": False})
+                    held.add_node(name, **{**node, "value": center[name], "is_observed": False})
         means: dict[str, list[list[Tensor]]] = defaultdict(list)
         with draws_apart(guide, model.groups[0].device), pyro.poutine.replay(trace=held):
             for _ in range(_PASSES):
-                for name, update in self.draws(_DRAWS * math.prod(lead), batch).items():
+                for name, update in self.draws(_DRAWS).items():
                     factors = update.without_noise().factors
-                    means[name].append([_mean(factor, lead) for factor in factors])
+                    means[name].append([f if f.dim() == 3 else f.mean(0) for f in factors])
         return {
             name: LowRankUpdate(*(torch.stack(f).mean(0) for f in zip(*passes, strict=True)))
             for name, passes in means.items()
         }
 
-    def pairs(self, batch: Batch | None = None) -> Callable[[int], dict[str, LowRankUpdate]]:
+    def pairs(self) -> Callable[[int], dict[str, LowRankUpdate]]:
         """A function that returns the updates at the next draws.
 
         If q is symmetric, every second draw is the one before it mirrored at the center of each
         site, unconstrained, so that the error of an average has no part that is linear in it.
         """
-        guide, each = self.guide, posteriors_of(self.guide, batch)
+        guide = self.guide
         if not isinstance(guide, StructuredGuide) or not guide.is_symmetric:
-            return lambda count: self.draws(count * each, batch)
+            return self.draws
         waiting: dict[str, Tensor] = {}  # the mirror image of the last draw
 
         def mirrored(fresh: int) -> dict[str, Tensor]:
-            """Draws, each followed by its mirror image, of shape ``(2 fresh, each, ...)``."""
-            with self._plate(fresh * each):
-                values, context = guide(batch), guide.context(batch, context_of_particles)
+            """Draws, each followed by its mirror image, of shape ``(2 fresh, ...)``."""
+            with self._plate(fresh):
+                values = guide()
             pairs = {}
             for name, family in guide.families().items():
                 value, transform = values[name], family.site.transform
-                image = transform(2 * transform.inv(family.center(context)) - transform.inv(value))
-                both = (v.unflatten(0, (fresh, each)) for v in (value, image))
-                pairs[name] = torch.stack(list(both), 1).flatten(0, 1)
+                image = transform(2 * transform.inv(family.center()) - transform.inv(value))
+                pairs[name] = torch.stack([value, image], 1).flatten(0, 1)
             return pairs
 
         @torch.no_grad()
@@ -161,8 +150,7 @@ class Posterior:
                 parts.append(mirrored(math.ceil(missing / 2)))
             values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             waiting = {name: v[count:] for name, v in values.items() if len(v) > count}
-            data = {name: v[:count].flatten(0, 1) for name, v in values.items()}
-            return self._updates_at(data, count * each)
+            return self._updates_at({name: v[:count] for name, v in values.items()}, count)
 
         return draw
 
@@ -209,7 +197,7 @@ class Posterior:
                 f"A linearization must have classes, got {type(self.model.likelihood).__name__}, "
                 "whose logits are not all relative to the first; pass linearized=False."
             )
-        if linearized and any(u.is_noisy for u in self.draws(1, batch).values()):
+        if linearized and any(u.is_noisy for u in self.draws(1).values()):
             raise ConfigurationError(
                 "A linearization must have a deterministic update, got one with the noise of a "
                 "conditional; pass linearized=False, or a prior with conditional='deterministic'."
@@ -240,9 +228,9 @@ class Posterior:
         joined = torch.cat(parts)
         return joined.logsumexp(0) - math.log(len(joined))
 
-    def is_point(self, batch: Batch | None, num_samples: int) -> bool:
+    def is_point(self, num_samples: int) -> bool:
         """Whether so many draws are all equal."""
-        drawn = self.draws(num_samples * posteriors_of(self.guide, batch), batch).values()
+        drawn = self.draws(num_samples).values()
         factors = [factor for update in drawn for factor in update.factors]
         alike = all(bool((f == f[:1]).all()) for f in factors if f.dim() > 3)
         return alike and not any(update.is_noisy for update in drawn)
@@ -253,7 +241,7 @@ class Posterior:
         model, guide, examples = self.model, self.guide, batch.examples
         model.check_attached()
         if samples is None:
-            draw = self.pairs(batch)
+            draw = self.pairs()
         else:
             num_samples, draw = self.given(samples)
         read_store(model)
@@ -272,7 +260,7 @@ class Posterior:
                 draws = 1 if first or not num_samples else min(most, num_samples - done)
                 # per pass, because the caller has its own mode between them
                 with LOCK, in_mode(model.net, training=False):
-                    updates = draw(draws) if num_samples else self.mean(batch)
+                    updates = draw(draws) if num_samples else self.mean()
                     with prefix.copies(draws), model.applied(updates) as net:
                         logits = model.likelihood.logits(net, repeat_batch(batch, draws))
                         logits = in_single_precision(logits)
@@ -286,18 +274,14 @@ class Posterior:
     def _plate(self, size: int) -> pyro.plate:
         return pyro.plate(DRAWS_PLATE, size, dim=-1 - self.model.max_plate_nesting)
 
-    def _center(self, batch: Batch | None) -> dict[str, Tensor] | None:
+    def _center(self) -> dict[str, Tensor] | None:
         """The center of q for each site, or ``None`` if the guide cannot compute it."""
         if isinstance(self.guide, StructuredGuide):
-            return self.guide.center(batch)
+            return self.guide.center()
         with suppress(NotImplementedError):
             if hasattr(self.guide, "median"):
-                return self.guide.median(self._argument(batch))  # type: ignore[operator]
+                return self.guide.median(None)  # type: ignore[operator]
         return None
-
-    def _argument(self, batch: Batch | None) -> Batch | None:
-        """What the guide is called with: no batch for an AutoMessenger, which runs the network."""
-        return None if isinstance(self.guide, AutoMessenger) else batch
 
 
 def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
@@ -334,12 +318,6 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
 
 def _is_linear(name: str, node: dict[str, Any]) -> bool:
     return Site(name, node["fn"], ()).is_real and not node["infer"].get("nonlinear")
-
-
-def _mean(factor: Tensor, lead: tuple[int, ...]) -> Tensor:
-    if factor.dim() == 3:  # every draw has the same
-        return factor
-    return factor.reshape(-1, *lead, *factor.shape[-3:]).mean(0)
 
 
 def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:

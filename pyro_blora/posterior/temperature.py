@@ -124,7 +124,7 @@ def distill(
     with draws_apart(posterior.guide, model.groups[0].device):
         for given in batches:
             batch = model.prepared(given)
-            if not excess and posterior.is_point(batch, num_samples):
+            if not excess and posterior.is_point(num_samples):
                 raise ConfigurationError(
                     "distill must have draws that differ, got a posterior whose draws are all "
                     "alike; take a guide with a width, such as MatrixNormal(), or call finish."

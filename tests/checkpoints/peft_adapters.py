@@ -48,5 +48,5 @@ def logits(net):
 
 
 def mean_logits(blora):
-    with blora.posterior(batch=BATCH):
+    with blora.posterior():
         return logits(blora.net)

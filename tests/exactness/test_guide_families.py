@@ -17,7 +17,6 @@ from torch.distributions.transforms import ExpTransform
 from pyro_blora import guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import (
-    Amortized,
     Ensemble,
     Flow,
     FullRank,
@@ -29,7 +28,6 @@ from pyro_blora.guides import (
 
 # Point masses are no densities (Ensemble, and Laplace until it is finished).
 BOUNDS = [
-    Amortized(context_size=3),
     Flow(),
     FullRank(),
     MatrixNormal(),
@@ -223,32 +221,6 @@ def test_a_center_that_no_formula_gives_is_that_of_draws(prior):
     torch.testing.assert_close(mean, torch.full((3, 2), math.exp(1 / 8)), atol=0.1, rtol=0)
 
 
-def test_amortized_bounds_the_evidence_of_a_local_model():
-    """``y_b = x_b V_b + noise`` with a V for each example; the evidence is N(0, x^2 + s^2)."""
-    x, s = torch.linspace(-2, 2, 24), 0.5
-    y = x * torch.randn(24) + s * torch.randn(24)
-    evidence = dist.Normal(0.0, (x.square() + s**2).sqrt()).log_prob(y).mean()
-
-    def local_elbo(q, repeats):
-        density = q.conditional(context).expand((24, 1))
-        V = density.rsample((repeats,))
-        fit = dist.Normal(x * V[..., 0, 0, 0], s).log_prob(y)
-        return (fit - (density.log_prob(V) - q.site.prior.log_prob(V))[..., 0]).mean()
-
-    found, context = {}, torch.stack([x, y, x * y], -1)[:, None]
-    for name, family in {"amortized": Amortized(context_size=3), "shared": MeanField()}.items():
-        q = bound(family, event=(1, 1))
-        optimizer = torch.optim.Adam(q.parameters(), lr=0.02)
-        for _ in range(600):
-            optimizer.zero_grad()
-            loss = -local_elbo(q, 16)
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            found[name] = local_elbo(q, 4000)
-    assert found["shared"] + 0.1 < found["amortized"] < evidence
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -256,7 +228,6 @@ def test_amortized_bounds_the_evidence_of_a_local_model():
         lambda: Ensemble(members=1),
         lambda: Flow(flows=()),
         lambda: Flow(flows=("splin",)),
-        lambda: bound(Amortized()),
     ],
 )
 def test_what_a_family_cannot_do_is_refused(make):

@@ -7,7 +7,7 @@ from linear_gaussian import Toy
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.guides import Amortized, FullRank, MatrixNormal, MeanField
+from pyro_blora.guides import FullRank, MatrixNormal, MeanField
 from pyro_blora.likelihoods import CausalLM
 from pyro_blora.models import FactorInducing, Hierarchical, KroneckerInducing
 from pyro_blora.posterior.linearized import linearized_logits, logit_jacobian
@@ -46,7 +46,6 @@ PAIRS = [
     (KroneckerInducing(rank=2, sigma=0.3), MatrixNormal(init_scale=0.1)),
     (FactorInducing(rank=2), MeanField(init_scale=0.1)),
     (Hierarchical(rank=2), MeanField(init_scale=0.1)),
-    (KroneckerInducing(rank=2, sigma=0.3), Amortized(init_scale=0.1)),
 ]
 
 
@@ -56,8 +55,6 @@ def test_with_a_narrow_posterior_it_is_the_sampled_predictive(prior, family):
     with torch.no_grad():
         for guide in blora.guide.families().values():
             guide.loc.add_(0.3 * torch.randn_like(guide.loc))
-            if isinstance(family, Amortized):
-                guide.loc_weight.normal_()
     torch.manual_seed(0)
     sampled = blora.predict(batch, 4000)
     linear = blora.predict(batch, 4000, linearized=True)
@@ -80,9 +77,8 @@ def test_the_network_runs_once():
     assert not any(p.grad is not None for p in blora.parameters())
 
 
-@pytest.mark.parametrize("family", [MatrixNormal(), Amortized()], ids=repr)
-def test_it_runs_under_inference_mode(family):
-    blora, found = tiny.adapted(guide=family), []
+def test_it_runs_under_inference_mode():
+    blora, found = tiny.adapted(), []
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             torch.manual_seed(0)

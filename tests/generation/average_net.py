@@ -12,12 +12,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 
-def merged(blora, num_samples, batch=None):
+def merged(blora, num_samples):
     """One plain copy of the network for each draw of the adapter, or for its mean."""
-    if num_samples:
-        updates = blora.posterior.pairs(batch or {})(num_samples)
-    else:
-        updates = blora.posterior.draws(0)
+    updates = blora.posterior.pairs()(num_samples) if num_samples else blora.posterior.draws(0)
     nets = []
     for draw in range(max(1, num_samples)):
         with_weights = copy.deepcopy(blora.net)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from pyro_blora import guides, likelihoods
+from pyro_blora import likelihoods
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import threshold_for
 
@@ -43,7 +43,7 @@ def both(blora, batch, **options):
     torch.manual_seed(3)
     found = blora.generate(**batch, num_samples=S, **options)
     torch.manual_seed(3)  # for the same draws, and those of sampling that follow them
-    judge = AverageNet(merged(blora, S, batch))
+    judge = AverageNet(merged(blora, S))
     options.pop("cache_implementation", None)
     return found, judge.generate(**batch, **{**options, "use_cache": False}), judge
 
@@ -88,16 +88,6 @@ def test_each_token_has_the_numbers_of_its_own_row(blora, decoding):
     assert given[2].amax(-1).min() > 1e-4  # the draws do differ
     whole = torch.stack([found[f"mean_{n}"] for n in ("log_prob", "entropy")] + [found.epistemic])
     torch.testing.assert_close(whole.double(), numbers[:3].mean(-1), atol=2e-5, rtol=1e-4)
-
-
-def test_an_amortized_guide_has_draws_for_each_prompt():
-    blora = adapter(guide=guides.Amortized())
-    batch, options = prompts(3), {"num_samples": 0, "max_new_tokens": NEW}
-    whole = blora.generate(**batch, **options)
-    for row in range(3):
-        one = {name: value[row : row + 1] for name, value in batch.items()}
-        alone = blora.generate(**one, **options)
-        torch.testing.assert_close(alone.entropy[0], whole.entropy[row])
 
 
 def at(token):

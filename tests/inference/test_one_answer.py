@@ -6,15 +6,13 @@ import pyro
 import pytest
 import tiny
 import torch
-from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
 
-from pyro_blora import effective_ranks, guides, models
+from pyro_blora import guides
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import finish
-from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice
+from pyro_blora.likelihoods import CausalLM, LabelTokens
 from pyro_blora.methods import METHODS
 
 BATCH = tiny.sequences()
@@ -152,54 +150,6 @@ def test_a_state_from_the_store_is_taken_whole(parts, local, tmp_path):
             assert {n: id(p) for n, p in other.named_parameters()} == held  # an optimizer has these
             if name != "fit":
                 torch.testing.assert_close(ask(other), expected[name], msg=name)
-
-
-# A posterior that depends on the input
-
-
-@pytest.mark.parametrize("prior", [models.KroneckerInducing(rank=2), models.Hierarchical(rank=2)])
-def test_an_amortized_mean_is_that_of_the_input_or_there_is_none(prior, tmp_path):
-    guide = guides.Amortized(hidden=3)
-    blora = tiny.shaken(tiny.adapted(prior=prior, guide=guide), 0.3)
-    expected = blora.predict(BATCH, 0).probs
-    logits = blora(**UNLABELED).logits
-    torch.testing.assert_close(tiny.answers(logits, BATCH).softmax(-1), expected)
-    with blora.posterior(batch=BATCH) as net:
-        torch.testing.assert_close(net(**UNLABELED).logits, logits)
-    export, ranks = partial(blora.export_peft, tmp_path / "x"), partial(effective_ranks, blora)
-    for ask in (export, ranks, blora.merge_and_unload, blora.posterior.draws):
-        with pytest.raises(ConfigurationError, match="must have a batch"):
-            ask()
-    assert not (tmp_path / "x").exists()
-    assert torch.equal(blora.predict(BATCH, 0).probs, expected)
-    for labeled in (BATCH, UNLABELED):  # of Pyro, in parallel
-        draws = Predictive(blora.model, guide=blora.guide, num_samples=3, parallel=True)(labeled)
-        assert draws["labels"].shape == (3, 4)
-
-
-def test_a_batch_may_bring_a_context_of_its_own():
-    batch = {key: value[:1].expand(6, -1) for key, value in UNLABELED.items()}
-    labels = torch.arange(6) % 3
-    batch |= {"labels": labels, "context": 2 * torch.eye(3)[labels]}
-    blora = tiny.adapted(num_data=6, guide=guides.Amortized(context_size=3, init_scale=0.1))
-    data, rates = DataLoader([batch], batch_size=None), {"mean": 0.05, "direction": 0.1}
-    tiny.train(blora, data, num_steps=30, learning_rates=rates, kl_weight=0.1)
-    other = {**batch, "context": batch["context"].roll(1, 0)}
-    for rows, right in ((batch, labels), (other, labels.roll(1))):
-        for num_samples in (0, 20):
-            assert blora.predict(rows, num_samples).probs.gather(-1, right[:, None]).min() > 0.5
-
-
-def test_an_amortized_adapter_of_options_writes_text():
-    likelihood = MultipleChoice(num_data=4)
-    blora = tiny.shaken(tiny.adapted(guide=guides.Amortized(hidden=3), likelihood=likelihood), 0.3)
-    prompt = {key: value[:1, :3] for key, value in UNLABELED.items()}
-    options = {"num_samples": 0, "do_sample": False, "max_new_tokens": 1}
-    found = blora.generate(**prompt, **options).log_probs
-    with blora.model.applied(blora.posterior.draws(0, prompt)) as net, torch.no_grad():
-        expected = net(**prompt).logits[:, -1].log_softmax(-1).amax(-1, keepdim=True)
-    torch.testing.assert_close(found, expected)
-    assert blora.generate(**prompt, **{**options, "num_samples": 3}).log_probs.isfinite().all()
 
 
 # Parts of a batch

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides import Amortized, Ensemble, Laplace, MeanField
+from pyro_blora.guides import Ensemble, Laplace, MeanField
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import Hierarchical, KroneckerInducing
 from pyro_blora.posterior.posterior import rows_of_a_pass
@@ -235,7 +235,6 @@ def headed():
 PARTS = [
     choosing,
     headed,
-    lambda: (tiny.adapted(guide=Amortized()), tiny.sequences()),
     lambda: (tiny.adapted(guide=AutoNormal), tiny.sequences()),  # one that has not run
 ]
 

@@ -70,7 +70,6 @@ REFUSED = [
     (lambda: fit(adapter(likelihood=None), ROWS), r"pass likelihood=Preference\(\)"),
     (lambda: adapter(prior=NOISY).rewards(["a"]), "which are never packed"),
     (lambda: adapter(method="laplace-lora").rewards(["a"]), "linearized"),
-    (lambda: adapter(method="c-lora").rewards(["a"]), "depends on the input"),
     (lambda: adapter(likelihood=None).rewards(["a"]), "must have the likelihood Preference"),
     (lambda: adapter().rewards(["a", ""]), "got '' in row 1"),
 ]

@@ -12,7 +12,7 @@ from kinds import TAGS as NAMES
 from torch.utils.data import DataLoader
 from transformers import LlamaForTokenClassification
 
-from pyro_blora import compare, fit, guides
+from pyro_blora import compare, fit
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.likelihoods import TagCollator, TokenClassification
 
@@ -85,13 +85,6 @@ def test_a_loader_that_numbers_the_tags_in_another_order_is_refused():
         fit(blora, loader, **FEW)
     read, collate = blora.reading(rows)  # by names
     fit(blora, DataLoader(read, 4, collate_fn=collate), held_out=0.0, **FEW)
-
-
-def test_an_amortized_posterior_reads_all_tokens_with_and_without_tags():
-    blora = tiny.shaken(adapter("tags", guide=guides.Amortized()), 1.0)
-    batch = TagCollator(TOKENIZER, NAMES)(ROWS[:4])
-    unlabeled = {key: value for key, value in batch.items() if key != "labels"}
-    torch.testing.assert_close(blora.guide.center(batch), blora.guide.center(unlabeled))
 
 
 WRONG = [{"tags": ["O"]}, {"tokens": []}, {"tokens": ["a", 1]}, {"tokens": "ab"}]
