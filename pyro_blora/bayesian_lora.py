@@ -354,6 +354,7 @@ class BayesianLoRA(PyroModule):
         place: dict[str, Any] = {"device": self.device, "labels_of": self.likelihood.labels}
         return predict_dataset(predict, data, collate, **place, **options)
 
+    @one_at_a_time
     def evaluate(
         self,
         data: Any,
@@ -370,6 +371,7 @@ class BayesianLoRA(PyroModule):
         prediction, labels = self.predict_dataset(data, collate, num_samples, **options)
         if labels is None:
             raise BatchError("The examples must have labels to evaluate by, got none; add them.")
+        self.likelihood.check_labels(labels, prediction.samples[0])
         return self.likelihood.metrics(prediction, labels)
 
     @one_at_a_time
@@ -587,6 +589,11 @@ class BayesianLoRA(PyroModule):
     def device(self) -> torch.device:
         """The device on which the network's adapted layers compute."""
         return self.model.groups[0].device
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As of a module; a state has no names of classes, so that their numbers stay numbers."""
+        self.likelihood.settle_classes()
+        return super().load_state_dict(*args, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output under the posterior mean."""

@@ -2,8 +2,10 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from string import ascii_letters
 from typing import Any
 
 from pyro_blora.errors import DataError
@@ -112,6 +114,25 @@ def _unboxed(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     value = _unboxed(value)
     return str(value) if isinstance(value, bool) else value
+
+
+class Rows(tuple[Any, ...]):
+    """Rows whose numbers keep the names that they have in a ``datasets.Dataset``."""
+
+    features: Mapping[str, Any]
+
+    def __new__(cls, rows: Iterable[Any], table: Any = None) -> "Rows":
+        """``rows`` of a table."""
+        made, named = super().__new__(cls, rows), ("label", "labels", "tags")
+        made.features = {n: features_of(table)[n] for n in named if classes_of(table, n)}
+        return made
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return Rows(found, self) if isinstance(place, slice) else found
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}{self.features or ''}"
 
 
 def is_subset(rows: Any) -> bool:
@@ -234,8 +255,12 @@ def check_choices(rows: Any) -> None:
     choices = rows[0].get("choices", ())
     if set(names) == set(choices):
         check_places(names, choices)
-    elif len(choices) and names[0] == "0":  # from 1 they are names of places
-        check_numbers(names)
+    elif choices and all(n.isdecimal() or n in ascii_letters for n in names):  # of places
+        starts = [0, 1] if len(names) == len(choices) else [0]  # from 1 unless some are missing
+        known = [[str(start + k) for k in range(len(names))] for start in starts]
+        known += [[chr(ord(letter) + k) for k in range(len(names))] for letter in "Aa"]
+        if names not in known:
+            check_places(names, known[0 if names[0].isdecimal() else -2], unknown=True)
 
 
 def check_numbers(names: Sequence[str]) -> None:
@@ -263,7 +288,7 @@ def label_of(
             f"{list(table_names)}; spell them alike, or cast the column to int to number logits."
         )
     label = name_of(label, table_names if classes or are_numbers(table_names) else ())
-    if any(name.lstrip("-").isdecimal() for name in classes):
+    if any(re.fullmatch(r"-?[\d.]+", name) for name in classes):
         label = str(label)  # 1 is then the name "1", wherever that stands
     if isinstance(label, int) or (label.isdecimal() and not classes):
         return int(label)

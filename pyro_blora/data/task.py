@@ -13,6 +13,7 @@ from pyro_blora.data.splits import chosen, first, keys_of
 from pyro_blora.data.tables import FILES, SPLITS, are_items, items_of, read_table, splits_in
 from pyro_blora.errors import DataError
 from pyro_blora.items import QUESTION, Item, Template, item_of, template_for
+from pyro_blora.labels import Rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,7 +145,7 @@ def load_task(
     limits = (max_train or 0, max_validation, max_test or 0)
     if min(limits) < 0:
         raise DataError(f"limits must be 0 or more, got {min(limits)}: leave one out for all items")
-    name, splits, template = _splits(data, data_dir, as_rows)
+    name, splits, template, tables = _splits(data, data_dir, as_rows)
     train = splits.get("train", [])
     random.Random(seed).shuffle(train)
     if "validation" in splits or not train:
@@ -152,14 +153,19 @@ def load_task(
         train = train[:max_train]
     else:
         train, validation = _hold_out(train, max_train, max_validation)
-    test = first(splits["test"], max_test)
-    return Task(name, tuple(train), tuple(validation), tuple(test), template)
+    parts = {"train": train, "validation": validation, "test": first(splits["test"], max_test)}
+    whole = tables.get("train")  # of which the other splits may be parts
+    rows = {split: Rows(part, tables.get(split, whole)) for split, part in parts.items()}
+    return Task(name, **rows, template=template)
 
 
 def _splits(
     data: Any, data_dir: str | PathLike[str] | None, as_rows: bool
-) -> tuple[str, dict[str, list[Any]], Template | None]:
-    """The name of a task, the items of each split, always of ``"test"``, and the template."""
+) -> tuple[str, dict[str, list[Any]], Template | None, dict[str, Any]]:
+    """A task's name, the items of each split, always of ``"test"``, its template, and its tables.
+
+    Only rows have tables, which name their numbers.
+    """
     template: Template | None = QUESTION
     if not isinstance(data, str | PathLike):
         name, given = "data", dict(data) if isinstance(data, Mapping) else {"train": data}
@@ -168,7 +174,7 @@ def _splits(
     elif data_dir is None and data != "facts" and not splits_in(Path(data)):
         name = str(data)
         items = {split: read_hub(name, split) for split in hub_splits(name)}
-        return name, items, template_for(name)
+        return name, items, template_for(name), {}
     else:
         folder = Path(__file__).parent if data == "facts" else Path(data_dir or "")
         name, folder = Path(data).name, folder / data
@@ -179,12 +185,12 @@ def _splits(
         template = None
         splits = {split: [table[k] for k in range(len(table))] for split, table in tables.items()}
     else:
-        splits = items_of(tables)
+        splits, tables = items_of(tables), {}
     if "test" not in splits:
         every, held = splits["train"], set(chosen(splits["train"], 0.2, "test"))
         splits["train"] = [item for k, item in enumerate(every) if k not in held]
         splits["test"] = [item for k, item in enumerate(every) if k in held]
-    return name, splits, template
+    return name, splits, template, tables
 
 
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.checkpoint import fingerprint
@@ -383,7 +384,7 @@ def compare(
             continue
         if isinstance(network, str) and (pair is None or is_classifier(pair[0])):
             # anew, for a head of this seed, with the names in all rows, of which it may see a few
-            rows = (*whole.train, *whole.validation, *whole.test)
+            rows: Any = ConcatDataset([whole.train, whole.validation, whole.test])  # type: ignore[list-item]
             names = shared.output_names(rows) if shared else task.test[0].choices
             pair = load_for(network, len(names), seed, *(shared.heads[:1] if shared else ()))
             if shared and not logit_names(pair[0]):
@@ -422,8 +423,13 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
         words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         words |= {"truncation": None, "padding": None}  # which each call sets
         config: Any = getattr(net, "config", None)
-        weights = _digest((prints, config.to_json_string() if config else ""))
-        tokens = _digest((sorted(words.items()), tokenizer.special_tokens_map))
+        state = net.state_dict() if hasattr(net, "peft_config") else {}
+        lora = {n: t.double() for n, t in state.items() if "lora_" in n or "modules_to_save" in n}
+        others = {name: (float(t.sum()), float(t.norm())) for name, t in lora.items()}
+        weights = _digest((prints, others, config.to_json_string() if config else ""))
+        kinds = (tokenizer.special_tokens_map, tokenizer.model_max_length)
+        sides = (tokenizer.truncation_side, tokenizer.padding_side)
+        tokens = _digest((sorted(words.items()), kinds, sides))
         return {"network": [type(net).__name__, weights], "tokenizer": tokens}
     place = Path(network)
     files = sorted(place.iterdir()) if place.is_dir() else [place]

@@ -137,14 +137,14 @@ class Snapshot:
         except errors:
             blora = self.blora
             blora.tokenizer = self.tokenizer
-            for name, value in self.settled.items():
-                setattr(blora.likelihood, name, value)
             if not self.started:  # an AutoGuide has parameters from its first call on
                 guide = make_guide(blora.method.guide, blora.model)
                 if type(blora.guide) is type(guide):  # one of the user's stays
                     blora.guide = guide
             blora.zero_grad()
             blora.load_state_dict(self.tensors, strict=False)  # as a user's guide may have grown
+            for name, value in self.settled.items():
+                setattr(blora.likelihood, name, value)
             raise
 
 

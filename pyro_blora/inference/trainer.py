@@ -43,6 +43,7 @@ from pyro_blora.inference.preparation import (
     post_hoc_families,
     prepare,
 )
+from pyro_blora.labels import check_places
 from pyro_blora.likelihoods import Batch
 from pyro_blora.network.adapter import in_mode
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
@@ -131,6 +132,7 @@ class BayesianLoRATrainer(Trainer):
         self.add_callback(_Begins(model))
 
     optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
     data_collator: Any
     eval_dataset: Any
 
@@ -172,9 +174,14 @@ class BayesianLoRATrainer(Trainer):
     @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
-        before = Snapshot(self.blora)
-        with before.put_back_after(Exception), self._in_mode(training=True):
-            result = super().train(*arguments, **options)
+        before, made = Snapshot(self.blora), (self.optimizer, self.lr_scheduler)
+        try:
+            with before.put_back_after(Exception), self._in_mode(training=True):
+                result = super().train(*arguments, **options)
+        except Exception:
+            self.optimizer, self.lr_scheduler = made  # not those of parameters that are undone
+            self.model.figures = []
+            raise
         if len(self._run.held_out):
             size = self.args.per_device_eval_batch_size
             with before.put_back_after(DataError, BatchError):
@@ -258,6 +265,7 @@ class BayesianLoRATrainer(Trainer):
                 f"{resume_from_checkpoint} was trained on {trained or 'numbers'} as classes, got "
                 f"data with {list(now) or 'numbers'}; resume with the same data."
             )
+        check_places(likelihood.data_names, said.get("data_names") or ())
         for name in likelihood.unit_options:  # of the saved tensors; these rows may have another
             setattr(likelihood, name, said.get(name, getattr(likelihood, name)))
         read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)

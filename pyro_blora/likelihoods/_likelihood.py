@@ -166,7 +166,8 @@ class Likelihood(Options, PyroModule):
     def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
         """Refuses numbers whose names are other numbers, or in another order than in training."""
         ours = is_from(collate, "pyro_blora.", "transformers.", "torch.")  # others read labels
-        keeps_names = "data_names" in self.options()
+        # the choices of a prompt say what the labels number, whatever names these have
+        keeps_names = "data_names" in self.options() and not isinstance(collate, PromptCollator)
         if not ours or not (self.labels_count or keeps_names):
             return
         names = next(filter(None, (classes_of(rows, name) for name in ("label", "labels"))), [])

@@ -253,6 +253,9 @@ class SequenceClassification(Likelihood):
             names = list(first.choices)
         if not (collate is None or is_from(collate, "transformers.", "torch.")):
             names = names if ours and not ours.data_names else []  # by which it reads labels
+        if given and names:  # numbers are read as they are, or as names that are numbers
+            read = [given[label_of(k, given)] for k in range(len(names))]
+            check_places(names, read, unknown=True)
         self._check_order(given, names, net)
         if training and given:
             self.classes = self.classes or given

@@ -89,7 +89,7 @@ class TokenClassification(TokenLabels, SequenceClassification):
 
     def output_names(self, rows: Any) -> Sequence[str]:
         """``classes``, or the tags in the rows, sorted."""
-        names = self.classes or in_order(first_tags(rows, True))
+        names = self.classes or classes_of(rows, "tags") or in_order(first_tags(rows, True))
         return [*map(str, names if isinstance(names[0], str) else range(int(names[-1]) + 1))]
 
     def read(

@@ -240,6 +240,8 @@ class BayesianLoRAModel(PyroModule):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Runs the network without updates and with its own heads within the context."""
+        if any(hook.update is not None for hook in self.adapters):
+            raise ConfigurationError("disable_adapter() must be called outside of posterior().")
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -272,6 +274,8 @@ class BayesianLoRAModel(PyroModule):
         self.check_attached()
         batch = self.prepared(batch)
         examples = batch.examples
+        if "labels" in batch:
+            self.likelihood.settle_classes()  # a loop of the user's trains by numbers
         updates = self.updates()
         if is_enumerating() and any(update.is_noisy for update in updates.values()):
             raise ConfigurationError(

@@ -42,6 +42,8 @@ def test_an_adapter_that_is_off_is_not_trained(tmp_path):
         with blora.disable_adapter(), pytest.raises(ConfigurationError, match="adapter is off"):
             train()
     assert tiny.equal(tiny.trained(blora), before)
+    with blora.posterior(), pytest.raises(ConfigurationError, match="outside of posterior"):
+        blora.disable_adapter().__enter__()
 
 
 NUMBERS = [

@@ -23,6 +23,8 @@ from classifiers import (
     labels_of,
     relabeled,
 )
+from pyro.infer import SVI
+from pyro.optim import SGD
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
@@ -342,7 +344,8 @@ def test_a_class_whose_name_is_a_number_is_that_number_wherever_it_stands(small,
     """``class_encode_column`` sorts them as texts, with 10 before 2."""
     numbers = [{"text": f"a film {k}", "label": k % 12} for k in range(24)]
     coded = datasets.Dataset.from_list(numbers).class_encode_column("label")
-    assert coded.features["label"].names[2] == "10"
+    coded_names = coded.features["label"].names
+    assert coded_names[2] == "10"
     ids = coded.map(lambda row: dict(small(row["text"]))).remove_columns("text")
     titles = [f"class {k}" for k in range(12)]
     for names, train in ((None, numbers), (None, coded), (titles, numbers), (None, None)):
@@ -351,10 +354,19 @@ def test_a_class_whose_name_is_a_number_is_that_number_wherever_it_stands(small,
             assert labels_of(blora, data) == [k % 12 for k in range(24)]
         with pytest.raises(DataError, match=r"classes as \['0', '1', '2', "):
             labels_of(blora, DataLoader(ids, 4, collate_fn=collators["padding"]))
+        named = DataLoader(coded, 4, collate_fn=ClassificationCollator(small, coded_names))
+        with pytest.raises(DataError, match=r"classes as \['0', '1', '2', "):  # it reads 2 as "2"
+            fit(adapter(small, coded_names), named, num_steps=1, progress=False)
     ratings = ids.select(range(1, 4)).cast_column("label", datasets.Value("string"))
     ratings = ratings.class_encode_column("label")  # 1, 2, 3: the last is the name of no logit
     blora = adapter(small, None, DataLoader(ratings, 4, collate_fn=collators["padding"]))
     assert labels_of(blora, ratings) == [0, 1, 2]
+
+
+def test_a_number_is_not_the_place_of_a_class_that_is_a_number(small):
+    rows = [{"text": "a film", "label": f"{k % 3}.0"} for k in range(9)]
+    with pytest.raises(DataError, match="must be one of the classes"):
+        labels_of(adapter(small, None, rows), [{"text": "a film", "label": 1}])
 
 
 @pytest.mark.parametrize("names", [None, NAMES])
@@ -409,6 +421,20 @@ def test_neither_a_prediction_nor_a_refused_training_names_the_classes(small, fo
     assert labels_of(blora, forms["loader"]) == TURNED
     fit(blora, [{**row, "label": row["label"].upper()} for row in rows], num_steps=1)
     assert blora.likelihood.classes == ("NEG", "POS")
+
+
+@pytest.mark.parametrize("way", ["SVI", "state_dict"])
+def test_a_head_of_a_loop_of_one_s_own_is_not_read_by_names(way, small, forms):
+    """The loop's numbers may have stood for the classes in any order."""
+    blora = adapter(small, num_labels=2, likelihood=SequenceClassification(num_data=12))
+    if way == "SVI":
+        batch = next(iter(forms["loader"]))
+        SVI(blora.model, blora.guide, SGD({"lr": 1e-3}), tiny.elbo(4)).step(batch)
+    else:
+        blora.load_state_dict(adapter(small, None, forms["data"], num_labels=2).state_dict())
+    with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
+        labels_of(blora, forms["rows"])
+    assert labels_of(blora, forms["numbers"]) == TURNED
 
 
 def test_a_saved_head_keeps_its_classes_whatever_likelihood_is_passed(small, forms, tmp_path):

@@ -1,3 +1,4 @@
+import datasets
 import pytest
 import tiny
 import torch
@@ -128,12 +129,15 @@ class TestLabelTokens:
             LabelTokensCollator(build(), template)
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_choices_keep_the_order_of_the_training(fresh, wrapped):
+@pytest.mark.parametrize(("fresh", "letters"), [(False, ""), (True, ""), (True, "AB")])
+def test_choices_keep_the_order_of_the_training(fresh, letters, wrapped):
     collate, net = LabelTokensCollator(wrapped, LABELS), tiny.llama(vocab_size=len(wrapped))
     blora = BayesianLoRA(net, likelihood=LabelTokens(token_ids=collate.token_ids))
     rows = [{"question": f"film {k}", "choices": ["bad", "good"], "label": k % 2} for k in range(9)]
-    fit(blora, rows, collate=collate, num_steps=1, progress=False)
+    table = datasets.Dataset.from_list(rows)
+    if letters:
+        table = table.cast_column("label", datasets.ClassLabel(names=[*letters]))
+    fit(blora, table, collate=collate, num_steps=1, progress=False)
     turned = [{**row, "choices": ["good", "bad"], "label": 1 - row["label"]} for row in rows]
     with pytest.raises(DataError, match=r"order|number the classes"):
         blora.evaluate(turned, LabelTokensCollator(wrapped, LABELS) if fresh else collate, 2)

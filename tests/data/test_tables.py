@@ -1,21 +1,27 @@
 """Rows as people have them: files, data frames, data sets; read by an adapter's tokenizer."""
 
+import copy
 import json
+from contextlib import nullcontext
 
 import datasets
 import pandas
 import pytest
 import tiny
+from own_tokenizer import build_tokenizer
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
+from pyro_blora.data.reading import reading
 from pyro_blora.data.tables import read_table
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.guides import MatrixNormal
 from pyro_blora.likelihoods import (
+    Ordinal,
     SequenceClassification,
     TextCollator,
+    TokenClassification,
 )
 
 WORDS = ("dull", "funny")
@@ -85,6 +91,51 @@ def test_a_class_keeps_its_name_in_splits_that_number_the_classes_apart():
     task = load_task(datasets.DatasetDict(train=train, test=test))
     for item in (*task.train, *task.test):
         assert item.question == f"was {item.choices[item.label]}"
+
+
+def test_numbers_keep_their_names_in_rows_that_are_no_items():
+    """A head may have another order, and so may another split."""
+    tags, words = ("O", "B", "I"), ("a", "warm", "film")
+    rows = [{"tokens": words, "tags": tags} for _ in range(9)]
+    kinds = {"tokens": datasets.List(datasets.Value("string"))}
+
+    def numbered(*names):
+        named = kinds | {"tags": datasets.List(datasets.ClassLabel(names=[*names]))}
+        return datasets.Dataset.from_list(rows, datasets.Features(named))
+
+    task = load_task({"train": numbered(*tags), "test": numbered("I", "O", "B")})
+    assert (task.train[0]["tags"], task.test[0]["tags"]) == ([0, 1, 2], [1, 2, 0])
+    likelihood = TokenClassification(classes=tags)
+    tokenizer = build_tokenizer(["a warm film"], pad="<pad>")
+    net = tiny.bert(vocab_size=len(tokenizer), num_labels=3)
+    for part in (task.train, task.test, task.train[2:], copy.deepcopy(task.test)):
+        rows_read, collate = reading(part, None, net, likelihood, tokenizer)
+        assert [t for t in collate([rows_read[0]])["labels"][0].tolist() if t >= 0] == [0, 1, 2]
+    stars = datasets.Dataset.from_list([{"text": f"film {k}", "label": "2"} for k in range(9)])
+    stars = load_task(stars.class_encode_column("label"), as_rows=True)
+    with pytest.raises(DataError, match="got a ClassLabel that has 0 for '2'"):
+        reading(stars.train, None, net, Ordinal(num_classes=3), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("names", "choices", "is_right"),
+    [
+        ("ABCD", 4, True),
+        ("ab", 3, True),
+        ("0123", 4, True),
+        ("1234", 4, True),
+        ("BCD", 4, False),
+        ("DCB", 3, False),
+        ("234", 4, False),
+        ("123", 4, False),  # from 0 without a 0, or from 1 without a 4
+    ],
+)
+def test_names_of_options_must_count_them(names, choices, is_right):
+    row = {"question": "which ?", "choices": [f"it {k}" for k in range(choices)], "label": 0}
+    table = datasets.Dataset.from_list([row] * 9)
+    table = table.cast_column("label", datasets.ClassLabel(names=[*names]))
+    with nullcontext() if is_right else pytest.raises(DataError, match="must number the classes"):
+        load_task(table)
 
 
 def test_a_single_table_is_split_alike_for_every_seed():

@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 
+import peft
 import pytest
 import tiny
 import torch
@@ -233,11 +234,19 @@ def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(tmp_p
         for parameter in altered.parameters():
             parameter *= 1 + 1e-6
     pads.add_special_tokens({"eos_token": "it"})
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 4
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    loras = [peft.get_peft_model(copy.deepcopy(altered), config) for _ in range(2)]
+    run(net=loras[0], out=tmp_path / "peft", target_modules=["value"])
+    with pytest.raises(ConfigurationError, match="another network"):
+        run(net=loras[1], out=tmp_path / "peft", target_modules=["value"])
     for changed, match in (
         ({"own": [MINE.with_rank(3)]}, "another mine"),
         ({"net": nets[1]}, "another network"),
         ({"net": altered}, "another network"),
         ({"tokenizer": pads}, "another tokenizer"),
+        ({"tokenizer": short}, "another tokenizer"),
         ({"tokenizer": tokenizer_of(["other words"])}, "another tokenizer"),
         ({"rows": [*ROWS[:-1], {**ROWS[-1], "text": "another"}]}, "another data"),
         ({"names": ("lora", "temperature:lora"), "max_validation": 0}, "for temperature:lora"),

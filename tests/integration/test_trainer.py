@@ -1,16 +1,19 @@
 """The Hugging Face ``Trainer`` on the ELBO."""
 
+import datasets
 import pyro
 import pytest
 import tiny
 import torch
+from own_tokenizer import build_tokenizer
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from pyro_blora import BayesianLoRA, guides
+from pyro_blora.errors import DataError
 from pyro_blora.inference import RATES
-from pyro_blora.likelihoods import CausalLM
+from pyro_blora.likelihoods import CausalLM, Ordinal
 
 ROWS = tiny.examples(12)
 
@@ -117,6 +120,46 @@ def test_an_autoguide_is_trained_and_its_checkpoint_read(replaced, tmp_path):
     expected = blora.predict(tiny.collate(ROWS), 0).probs
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "checkpoint-4")
     assert torch.equal(read.predict(tiny.collate(ROWS), 0).probs, expected)
+
+
+def test_after_a_refused_training_it_trains_as_if_for_the_first_time(tmp_path):
+    """With an optimizer of the parameters that are there now, and without moments of others."""
+    ends = []
+    for is_refused in (False, True):
+        pyro.set_rng_seed(0)
+        run, calls = trainer(tmp_path, tiny.adapted(guide=AutoNormal)), []
+        usual = run.data_collator
+
+        def collate(rows, usual=usual, calls=calls):
+            calls.append(rows)
+            if len(calls) == 3:
+                raise DataError("a bad row")
+            return usual(rows)
+
+        if is_refused:
+            run.data_collator = collate
+            with pytest.raises(DataError):
+                run.train()
+            run.data_collator = usual
+        run.train()
+        ends.append(tiny.trained(run.blora))
+    assert tiny.equal(*ends)
+
+
+def test_a_checkpoint_refuses_numbers_with_names_in_another_order(tmp_path):
+    tokenizer = build_tokenizer(["a film"], bos="<s>", pad="<pad>")
+    rows = datasets.Dataset.from_list([{"text": f"a film {k}", "label": k % 3} for k in range(12)])
+
+    def run(*names):
+        net = tiny.bert(vocab_size=len(tokenizer), num_labels=1)
+        blora = BayesianLoRA(net, likelihood=Ordinal(num_classes=3), tokenizer=tokenizer)
+        named = rows.cast_column("label", datasets.ClassLabel(names=[*names]))
+        options = {"data_collator": None, "save_strategy": "steps", "save_steps": 2}
+        return trainer(tmp_path, blora, rows=named, **options)
+
+    run("bad", "fair", "good").train()
+    with pytest.raises(DataError, match="must number the classes as"):
+        run("good", "fair", "bad").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path):

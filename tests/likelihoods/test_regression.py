@@ -11,7 +11,7 @@ from torch.distributions import Exponential, Normal
 from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, compare, fit
-from pyro_blora.errors import ConfigurationError, DataError
+from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.inference import parameter_groups
 from pyro_blora.likelihoods import Likelihood, NumberCollator, Regression
 from pyro_blora.likelihoods.reading import head_logits
@@ -62,6 +62,14 @@ def test_the_log_density_is_in_the_unit_of_the_labels(trained):
         likelihood.loc + likelihood.scale * center, likelihood.scale * likelihood.noise * T
     )
     torch.testing.assert_close(trained.log_predictive(batch, 0), normal.log_prob(batch["labels"]))
+
+
+def test_labels_of_another_shape_are_not_scored(trained):
+    """They would be compared with the prediction of every example."""
+    batch = NumberCollator(TOKENIZER)(ROWS[:4])
+    batch["labels"] = batch["labels"][:, None]
+    with pytest.raises(BatchError, match="one finite number per example"):
+        trained.evaluate(DataLoader([batch], batch_size=None), num_samples=0)
 
 
 def test_a_comparison_goes_on_from_its_folder(tmp_path):
