@@ -590,11 +590,6 @@ class BayesianLoRA(PyroModule):
         """The device on which the network's adapted layers compute."""
         return self.model.groups[0].device
 
-    def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """As of a module; a state has no names of classes, so that their numbers stay numbers."""
-        self.likelihood.settle_classes()
-        return super().load_state_dict(*args, **options)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output under the posterior mean."""
         with self.posterior() as net:

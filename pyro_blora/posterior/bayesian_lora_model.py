@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import pyro
@@ -57,6 +57,11 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
                 raise
 
     return run
+
+
+def _settle(model: nn.Module, _: object) -> None:
+    """A state has no names of classes, so that their numbers stay numbers."""
+    cast(BayesianLoRAModel, model).likelihood.settle_classes()
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -136,6 +141,7 @@ class BayesianLoRAModel(PyroModule):
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.register_buffer("mean_temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[LayerHook, ...] = ()
+        self.register_load_state_dict_post_hook(_settle)
         self.layer_names = [name for group in groups for name in group.module_names]
 
     @property
