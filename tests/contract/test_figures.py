@@ -25,7 +25,7 @@ def section(title):
     return {part for figure in FIGURE.findall(text) for part in (figure, figure.split(" ±")[0])}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choose.md", "docs/calibration.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/calibration.md"])
 def test_the_figures_of_a_page_are_those_of_the_report(page):
     text = (ROOT / page).read_text("utf-8")
     for titles, table in TABLE.findall(text):
