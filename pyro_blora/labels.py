@@ -131,6 +131,10 @@ class Rows(tuple[Any, ...]):
         found = super().__getitem__(place)
         return Rows(found, self) if isinstance(place, slice) else found
 
+    def __add__(self, other: Any) -> Any:
+        alike = features_of(other) == self.features
+        return Rows([*self, *other], self) if alike else NotImplemented
+
     def __repr__(self) -> str:
         return f"{super().__repr__()}{self.features or ''}"
 

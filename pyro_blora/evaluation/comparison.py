@@ -384,7 +384,8 @@ def compare(
             continue
         if isinstance(network, str) and (pair is None or is_classifier(pair[0])):
             # anew, for a head of this seed, with the names in all rows, of which it may see a few
-            rows: Any = ConcatDataset([whole.train, whole.validation, whole.test])  # type: ignore[list-item]
+            parts: list[Any] = [p for p in (whole.train, whole.validation, whole.test) if p]
+            rows: Any = ConcatDataset(parts)
             names = shared.output_names(rows) if shared else task.test[0].choices
             pair = load_for(network, len(names), seed, *(shared.heads[:1] if shared else ()))
             if shared and not logit_names(pair[0]):

@@ -127,6 +127,7 @@ class Snapshot:
         self.blora, self.tokenizer = blora, blora.tokenizer
         self.started, likelihood = is_started(blora.guide), blora.likelihood
         self.settled = likelihood.options()  # some of which a training sets
+        self.settled["by_numbers"] = likelihood.by_numbers
         self.tensors = {name: tensor.clone() for name, tensor in blora.state_dict().items()}
 
     @contextmanager

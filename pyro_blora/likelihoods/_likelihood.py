@@ -80,6 +80,7 @@ class Likelihood(Options, PyroModule):
     labels_count: ClassVar[bool] = False  # whether labels are quantities, and no names of places
     predicts: ClassVar[bool] = True  # whether each example has a prediction; text has none
     data_names: Sequence[str] = ()  # of the numbers that are labels, in the training's data set
+    by_numbers: bool = False  # whether a loop of the user's, or a loaded state, made the outputs
     trained_head: Tensor  # whether the head is that of a LoRA, trained before; saved with the rest
 
     def __init__(self, *, num_data: int | None = None) -> None:

@@ -218,6 +218,8 @@ class SequenceClassification(Likelihood):
         """
         self._check_order(given, (), net)
         classes = self.classes or given or self.classes
+        if classes is None and self.by_numbers and not (training or logit_names(net)):
+            classes = ()  # rather than the rows' order
         if classes is None and (own or names or labels):
             classes = class_names(net, own or names or in_order(labels))
         elif classes == () and not are_numbers(labels):

@@ -59,9 +59,10 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def _settle(model: nn.Module, _: object) -> None:
+def _settle(model: nn.Module, keys: Any) -> None:
     """A state has no names of classes, so that their numbers stay numbers."""
-    cast(BayesianLoRAModel, model).likelihood.settle_classes()
+    if not (keys.missing_keys or keys.unexpected_keys):  # which may be refused
+        cast(BayesianLoRAModel, model).likelihood.by_numbers = True
 
 
 def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
@@ -281,7 +282,7 @@ class BayesianLoRAModel(PyroModule):
         batch = self.prepared(batch)
         examples = batch.examples
         if "labels" in batch:
-            self.likelihood.settle_classes()  # a loop of the user's trains by numbers
+            self.likelihood.by_numbers = True  # as far as it is a loop of the user's
         updates = self.updates()
         if is_enumerating() and any(update.is_noisy for update in updates.values()):
             raise ConfigurationError(

@@ -431,10 +431,15 @@ def test_a_head_of_a_loop_of_one_s_own_is_not_read_by_names(way, small, forms):
         batch = next(iter(forms["loader"]))
         SVI(blora.model, blora.guide, SGD({"lr": 1e-3}), tiny.elbo(4)).step(batch)
     else:
+        with pytest.raises(RuntimeError, match="Missing key"):
+            blora.load_state_dict({})
+        assert not blora.likelihood.by_numbers
         blora.load_state_dict(adapter(small, None, forms["data"], num_labels=2).state_dict())
     with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
         labels_of(blora, forms["rows"])
     assert labels_of(blora, forms["numbers"]) == TURNED
+    # unless somebody says how they are numbered
+    assert labels_of(blora, forms["rows"], ClassificationCollator(small, POS_NEG)) == TURNED
 
 
 def test_a_saved_head_keeps_its_classes_whatever_likelihood_is_passed(small, forms, tmp_path):

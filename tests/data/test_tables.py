@@ -108,7 +108,10 @@ def test_numbers_keep_their_names_in_rows_that_are_no_items():
     likelihood = TokenClassification(classes=tags)
     tokenizer = build_tokenizer(["a warm film"], pad="<pad>")
     net = tiny.bert(vocab_size=len(tokenizer), num_labels=3)
-    for part in (task.train, task.test, task.train[2:], copy.deepcopy(task.test)):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        assert task.train + task.test
+    twice = task.test + task.test
+    for part in (task.train, task.test, task.train[2:], copy.deepcopy(task.test), twice):
         rows_read, collate = reading(part, None, net, likelihood, tokenizer)
         assert [t for t in collate([rows_read[0]])["labels"][0].tolist() if t >= 0] == [0, 1, 2]
     stars = datasets.Dataset.from_list([{"text": f"film {k}", "label": "2"} for k in range(9)])

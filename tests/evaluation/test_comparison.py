@@ -9,6 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from own_tokenizer import build_tokenizer
 from pyro.infer.autoguide import AutoNormal
 from rich.console import Console
@@ -307,3 +308,10 @@ def test_a_split_must_have_something_to_hold_out(encoder):
     same = {"train": ROWS[:1] * 9, "test": ROWS}
     with pytest.raises(ConfigurationError, match="split:lora must have items to hold out"):
         compare(str(encoder), same, ["lora", "split:lora"], seeds=[0], num_steps=1)
+
+
+def test_a_new_head_has_the_names_of_a_data_set_whose_split_is_empty(encoder):
+    named = Dataset.from_list(ROWS).class_encode_column("label")
+    splits = {"train": named, "validation": [], "test": named}
+    options = {"likelihood": SequenceClassification(), **SHORT}
+    assert len(compare(str(encoder), splits, ["map"], **options).rows[0].labels) == len(ROWS)
