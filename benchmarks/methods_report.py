@@ -146,7 +146,8 @@ def write_report(cells: Collection[Cell], settings: Mapping[str, Any], out: Path
             text += [f"## {network}: mean over {', '.join(rivaled)}", "", *summary(rivaled), ""]
         for task, rows in tasks.items():
             spec = where["tasks"][task]
-            marked = ", which chose settings of the default" if spec.get("development") else ""
+            developed = " of a task on which settings of the default were chosen"
+            marked = developed if spec.get("development") else ""
             title = f"## {network}: {task}, {spec['rows']} training items, {spec['steps']} steps"
             text += [title, "", f"{len(nlls(next(iter(rows.values()))[0]))} items{marked}.", ""]
             text += [*table(cells, network, task, rows), ""]
