@@ -5,11 +5,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from string import ascii_letters
 from typing import Any
 
 from pyro_blora.errors import DataError
 
+_LETTERS = (*"ABCDEFGH", *"abcdefgh")  # of options
 Kind = tuple[str, Callable[[Any], bool]]  # of the values in a column: in words, and their check
 
 
@@ -259,7 +259,7 @@ def check_choices(rows: Any) -> None:
     choices = rows[0].get("choices", ())
     if set(names) == set(choices):
         check_places(names, choices)
-    elif choices and all(n.isdecimal() or n in ascii_letters for n in names):  # of places
+    elif choices and all(n.isdecimal() or n in _LETTERS for n in names):  # of places
         starts = [0, 1] if len(names) == len(choices) else [0]  # from 1 unless some are missing
         known = [[str(start + k) for k in range(len(names))] for start in starts]
         known += [[chr(ord(letter) + k) for k in range(len(names))] for letter in "Aa"]

@@ -161,8 +161,10 @@ class Likelihood(Options, PyroModule):
         self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
         """Checks a loader of batches, whose rows are not read beforehand."""
-        collate = getattr(data, "collate_fn", collate)
-        self._check_numbering(getattr(data, "dataset", data), collate, training)
+        collate, rows = getattr(data, "collate_fn", collate), getattr(data, "dataset", data)
+        if isinstance(collate, PromptCollator) and hasattr(rows, "__len__"):
+            check_choices(rows)
+        self._check_numbering(rows, collate, training)
 
     def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
         """Refuses numbers whose names are other numbers, or in another order than in training."""

@@ -127,6 +127,7 @@ def test_numbers_keep_their_names_in_rows_that_are_no_items():
         ("ab", 3, True),
         ("0123", 4, True),
         ("1234", 4, True),
+        ("NY", 2, True),  # of answers
         ("BCD", 4, False),
         ("DCB", 3, False),
         ("234", 4, False),

@@ -123,6 +123,9 @@ def test_choices_whose_numbers_have_names_in_another_order_are_refused():
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
             collate = MultipleChoiceCollator(TOKENIZER)
             MultipleChoice().read(named, collate, None, labeled=True, training=True)
+        with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
+            loader = DataLoader(named, collate_fn=collate)
+            MultipleChoice().check_loader(loader, None, None, training=True)
 
 
 def test_a_column_that_a_likelihood_does_not_read_may_have_any_names():
