@@ -59,7 +59,7 @@ def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def _settle(model: nn.Module, keys: Any) -> None:
+def _mark_by_numbers(model: nn.Module, keys: Any) -> None:
     """A state has no names of classes, so that their numbers stay numbers."""
     if not (keys.missing_keys or keys.unexpected_keys):  # which may be refused
         cast(BayesianLoRAModel, model).likelihood.by_numbers = True
@@ -142,7 +142,7 @@ class BayesianLoRAModel(PyroModule):
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.register_buffer("mean_temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[LayerHook, ...] = ()
-        self.register_load_state_dict_post_hook(_settle)
+        self.register_load_state_dict_post_hook(_mark_by_numbers)
         self.layer_names = [name for group in groups for name in group.module_names]
 
     @property
