@@ -175,11 +175,14 @@ class BayesianLoRATrainer(Trainer):
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
         before, made = Snapshot(self.blora), (self.optimizer, self.lr_scheduler)
+        states = [copy.deepcopy(each.state_dict()) for each in made if each is not None]
         try:
             with before.put_back_after(Exception), self._in_mode(training=True):
                 result = super().train(*arguments, **options)
         except Exception:
             self.optimizer, self.lr_scheduler = made  # not those of parameters that are undone
+            for each, state in zip(filter(None, made), states, strict=True):
+                each.load_state_dict(state)
             self.model.figures = []
             raise
         if len(self._run.held_out):

@@ -122,8 +122,9 @@ def test_an_autoguide_is_trained_and_its_checkpoint_read(replaced, tmp_path):
     assert torch.equal(read.predict(tiny.collate(ROWS), 0).probs, expected)
 
 
-def test_after_a_refused_training_it_trains_as_if_for_the_first_time(tmp_path):
-    """With an optimizer of the parameters that are there now, and without moments of others."""
+@pytest.mark.parametrize("is_second", [False, True])
+def test_a_refused_training_leaves_nothing_to_the_next_one(is_second, tmp_path):
+    """An optimizer of the parameters that are there now, with the moments of steps that count."""
     ends = []
     for is_refused in (False, True):
         pyro.set_rng_seed(0)
@@ -136,6 +137,8 @@ def test_after_a_refused_training_it_trains_as_if_for_the_first_time(tmp_path):
                 raise DataError("a bad row")
             return usual(rows)
 
+        if is_second:
+            run.train()
         if is_refused:
             run.data_collator = collate
             with pytest.raises(DataError):
