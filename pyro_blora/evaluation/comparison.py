@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.checkpoints.checkpoint import fingerprint
 from pyro_blora.checkpoints.files import check_folder
 from pyro_blora.data import Task, load_task
 from pyro_blora.data.splits import hold_out
@@ -419,19 +418,18 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
     """What tells a network and its tokenizer from others of their name, without loading them."""
     if not isinstance(network, str):
         net, tokenizer = network
-        prints = {name: tensor.tolist() for name, tensor in fingerprint(net).items()}
+        config: Any = getattr(net, "config", None)
+        weights = hashlib.sha256((config.to_json_string() if config else "").encode())
+        for name, tensor in net.state_dict().items():
+            content = torch.empty(0) if tensor.is_meta else tensor.cpu().flatten()
+            weights.update(name.encode() + content.view(torch.uint8).numpy().tobytes())
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         words |= {"truncation": None, "padding": None}  # which each call sets
-        config: Any = getattr(net, "config", None)
-        state = net.state_dict() if hasattr(net, "peft_config") else {}
-        lora = {n: t.double() for n, t in state.items() if "lora_" in n or "modules_to_save" in n}
-        others = {name: (float(t.sum()), float(t.norm())) for name, t in lora.items()}
-        weights = _digest((prints, others, config.to_json_string() if config else ""))
         kinds = (tokenizer.special_tokens_map, tokenizer.model_max_length)
         sides = (tokenizer.truncation_side, tokenizer.padding_side)
         tokens = _digest((sorted(words.items()), kinds, sides))
-        return {"network": [type(net).__name__, weights], "tokenizer": tokens}
+        return {"network": [type(net).__name__, weights.hexdigest()], "tokenizer": tokens}
     place = Path(network)
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     files = [f for f in files if f.suffix in _FILES and f.is_file() and f.stat().st_size]
