@@ -141,14 +141,20 @@ class Rows(tuple[Any, ...]):
 
 def is_subset(rows: Any) -> bool:
     """Whether ``rows`` are a ``torch.utils.data.Subset``, as ``random_split`` makes them."""
-    return hasattr(rows, "indices") and hasattr(rows, "dataset")
+    return _gives_rows_as_they_are(rows) and hasattr(rows, "dataset")
+
+
+def _gives_rows_as_they_are(rows: Any) -> bool:
+    """Whether they are of a class of torch; a subclass may make other labels of those within."""
+    method = getattr(type(rows), "__getitem__", None)
+    return getattr(method, "__module__", "") == "torch.utils.data.dataset"
 
 
 def parts_of(rows: Any) -> list[Any]:
     """The data sets of which ``rows`` are subsets or concatenations, or rows as they are."""
     while is_subset(rows):
         rows = rows.dataset
-    parts = getattr(rows, "datasets", None)
+    parts = getattr(rows, "datasets", None) if _gives_rows_as_they_are(rows) else None
     return [each for part in parts for each in parts_of(part)] if parts else [rows]
 
 

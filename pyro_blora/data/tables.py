@@ -34,7 +34,7 @@ def read_table(data: Any) -> Any:
         return _read_file(Path(data))
     if type(data).__module__.partition(".")[0] == "pandas":
         return data.to_dict("records")
-    if type(data).__name__ == "Subset" and is_subset(data):
+    if is_subset(data):
         within = read_table(data.dataset)
         return data if within is data.dataset else type(data)(within, data.indices)
     tensors = getattr(data, "format", {}).get("type") if hasattr(data, "with_format") else None

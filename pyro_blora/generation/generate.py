@@ -23,7 +23,8 @@ from pyro_blora.prediction import Prediction
 
 # Options that do not run the network exactly once per token, and caches without rows per draw
 _REFUSED = ["assistant_model", "prompt_lookup_num_tokens", "custom_generate", "guidance_scale"]
-_REFUSED += ["prefill_chunk_size", "cache", "past_key_values"]
+_REFUSED += ["assistant_early_exit", "use_mtp", "token_healing", "prefill_chunk_size", "cache"]
+_REFUSED += ["past_key_values"]
 
 By = Literal["mutual_information", "entropy"]
 

@@ -95,10 +95,12 @@ class Objective:
                 "A batch must have labels to learn from, got none; add them, for a language model "
                 "a copy of input_ids with -100 at the padding."
             )
-        most = min(self.num_particles or batch.examples, batch.examples)
+        most = self.num_particles or (batch.examples if model.keeps_rows else 1)
         elbo = (TraceMeanField_ELBO if self._mean_field else Trace_ELBO)(
             # the largest divisor, because the last batch may be smaller
-            num_particles=next(p for p in range(most, 0, -1) if batch.examples % p == 0),
+            num_particles=next(
+                p for p in range(min(most, batch.examples), 0, -1) if batch.examples % p == 0
+            ),
             max_plate_nesting=model.max_plate_nesting,
             vectorize_particles=True,
         )

@@ -198,7 +198,7 @@ class BayesianLoRATrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The loader of a data set as in ``fit``, or of one by its name."""
         whole: Any = self.eval_dataset
-        if not isinstance(eval_dataset, str):
+        if not (isinstance(eval_dataset, str) and isinstance(whole, Mapping)):
             data = whole if eval_dataset is None else eval_dataset
             return self._read(super().get_eval_dataloader, data)
 

@@ -144,5 +144,5 @@ class MultiLabel(SequenceClassification):
 
 def _names_in(labels: Sequence[Any]) -> dict[str | int, int]:
     """The names in lists of labels, sorted, each with the first row that has it."""
-    first = first_rows(labels)
-    return {name: first[name] for name in sorted(n for n in first if isinstance(n, str))}
+    first = first_rows([[n for n in label if isinstance(n, str)] for label in labels])
+    return {name: first[name] for name in sorted(map(str, first))}

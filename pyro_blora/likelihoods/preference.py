@@ -57,7 +57,7 @@ class PreferenceCollator(PromptCollator):
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """The batch of a list of rows."""
-        names = ("text",) if "text" in rows[0] else ("chosen", "rejected")
+        names = ("chosen", "rejected") if "chosen" in rows[0] else ("text",)
         texts = [self._text(row.get("prompt"), row[name]) for row in rows for name in names]
         ids, mask = (each.unflatten(0, (len(rows), len(names))) for each in self._pad(texts))
         batch = {"input_ids": ids, "attention_mask": mask}

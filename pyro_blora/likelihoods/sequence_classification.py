@@ -122,6 +122,7 @@ class SequenceClassification(Likelihood):
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
         super().check_network(net)
+        class_names(net, self.classes or (0,))  # which refuses another number of names
         names = logit_names(net)
         if self.classes and self.classes != names and {*self.classes} == {*names}:
             warnings.warn(
@@ -253,6 +254,11 @@ class SequenceClassification(Likelihood):
         first = rows[0] if isinstance(rows, list | tuple) and rows else None
         if isinstance(first, Item) and not given:
             names = list(first.choices)
+            if other := [row.choices for row in rows if row.choices != first.choices]:
+                raise DataError(
+                    f"The items of a DataLoader must have the same choices in the same order, got "
+                    f"{first.choices} and {other[0]}; pass the items themselves."
+                )
         if not (collate is None or is_from(collate, "transformers.", "torch.")):
             names = names if ours and not ours.data_names else []  # by which it reads labels
         if given and names:  # numbers are read as they are, or as names that are numbers

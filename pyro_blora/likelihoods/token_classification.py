@@ -1,5 +1,6 @@
 """Classification of words by a head with a tag for each token."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -30,7 +31,7 @@ class TagCollator(ClassificationCollator):
     Takes the arguments of :class:`ClassificationCollator`. Called on B dictionaries with
     ``tokens``, and ``tags`` unless the first row has none, it returns the tokenizer's tensors,
     ``word_mask``, bool, and ``labels``, long, all ``(B, T)``. A row that is too long loses its last
-    words. A word of which the tokenizer makes nothing becomes its unknown token.
+    words, with a warning. A word of which the tokenizer makes nothing becomes its unknown token.
     """
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
@@ -48,6 +49,14 @@ class TagCollator(ClassificationCollator):
         owner = torch.tensor(owners)
         first = (owner >= 0) & (owner != pad(owner, (1, -1), value=-1))
         batch = {**encoded, "word_mask": first}
+        kept = first.sum(-1).tolist()
+        if cut := [k for k, row in enumerate(words) if kept[k] < len(row)]:
+            warnings.warn(
+                f"A row of {len(words[cut[0]])} words keeps its first {kept[cut[0]]}, and the "
+                "others are not read; split it, or pass collate=TagCollator(tokenizer, "
+                "max_length=...) to keep more.",
+                stacklevel=2,
+            )
         if "tags" in rows[0]:
             known = self.classes, self.data_names
             every = [[label_of(t, *known) for t in row["tags"]] for row in rows]

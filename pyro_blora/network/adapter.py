@@ -29,7 +29,7 @@ class LayerHook:
         self._handle: RemovableHandle = module.register_forward_hook(self, with_kwargs=True)
         # torch.compile has no guard on hooks, so it would go on running a graph that it compiled
         # without one; replacing the layer's forward makes it compile again
-        self._module, self._before = module, vars(module).get("forward")
+        self.module, self._before = module, vars(module).get("forward")
         self._forward = module.forward if self._before is None else partial(self._before)
         module.forward = self._forward
 
@@ -52,8 +52,8 @@ class LayerHook:
     def remove(self) -> None:
         """Takes the hook off the layer."""
         self._handle.remove()
-        if vars(self._module).get("forward") is self._forward:  # not wrapped again since
-            put_forward_back(self._module, self._before)
+        if vars(self.module).get("forward") is self._forward:  # not wrapped again since
+            put_forward_back(self.module, self._before)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

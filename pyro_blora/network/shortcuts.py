@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from pyro_blora.debts import attention_of, experts_of, hooks_of, is_compiled
 from pyro_blora.network.adapter import (
+    LayerHook,
     in_mode,
     layer_hook_of,
     layer_input,
     put_forward_back,
     updates_in_place,
 )
-from pyro_blora.network.targets import device_of, head_of
+from pyro_blora.network.targets import device_of, head_of, layer_shape
+from pyro_blora.updates import LayerUpdate
 
 _WINDOW = re.compile(r"((window|chunk)(_size)?|index_topk)$")
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
@@ -45,14 +47,7 @@ class Shortcuts:
         key = (weakref.ref(net), shortcut, attention_of(net), experts_of(net))
         if key not in self._answers:
             hooks = [hook for hook in map(layer_hook_of, net.modules()) if hook is not None]
-            eager = runs_eagerly(net.modules())
-            with (
-                in_mode(net, training=False),
-                torch.no_grad(),
-                torch.autocast(device_of(net.modules()).type, enabled=False),
-                updates_in_place(hooks, [None] * len(hooks)),
-                nullcontext() if eager else torch.compiler.set_stance("force_eager"),
-            ):
+            with _plainly(net), updates_in_place(hooks, [None] * len(hooks)):
                 try:
                     self.verifying = True
                     self._answers[key] = check()
@@ -84,6 +79,47 @@ class Shortcuts:
             and self.verified(net, "its frozen blocks skipped", check)
         )
         return blocks if usable else []
+
+
+@contextmanager
+def _plainly(net: nn.Module) -> Iterator[None]:
+    """Runs the network in evaluation mode, not compiled, without gradients and autocast."""
+    eager = runs_eagerly(net.modules())
+    with (
+        in_mode(net, training=False),
+        torch.no_grad(),
+        torch.autocast(device_of(net.modules()).type, enabled=False),
+        nullcontext() if eager else torch.compiler.set_stance("force_eager"),
+    ):
+        yield
+
+
+def keeps_rows(net: nn.Module, hooks: Sequence[LayerHook]) -> bool:
+    """Whether two rows under two updates in one pass have the logits that each has in its own.
+
+    They do not where Longformer and XLNet have the rows in the second dimension, or DeBERTa runs a
+    layer on its relative positions, too. A network that cannot run on token ids alone passes.
+    """
+    ids, generator = few_tokens(net, 2), torch.Generator().manual_seed(0)
+    shapes = [layer_shape(hook.module) or (1, 1) for hook in hooks]
+    random = partial(torch.randn, generator=generator)
+    factors = [
+        (random(2, 1, d_in), 0.3 / d_in**0.5 * random(2, d_out, 1)) for d_out, d_in in shapes
+    ]
+
+    def logits(rows: slice) -> Tensor | None:
+        updates = [LayerUpdate(A[rows], B[rows]) for A, B in factors]
+        with updates_in_place(hooks, updates):
+            return logits_of(net, input_ids=ids[rows])
+
+    with _plainly(net), updates_in_place(hooks, [None] * len(hooks)):
+        plain = logits_of(net, input_ids=ids)
+        apart = [logits(slice(k, k + 1)) for k in range(2)]
+        if plain is None or apart[0] is None or apart[1] is None or not plain.isfinite().all():
+            return True
+        both, each = logits(slice(0, 2)), torch.cat([apart[0], apart[1]])
+        # rounding is below a thousandth of what the updates change, rows that mix above a third
+        return both is not None and bool((both - each).norm() <= 0.1 * (each - plain).norm())
 
 
 class FrozenPrefix:

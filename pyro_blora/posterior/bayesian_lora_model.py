@@ -5,6 +5,7 @@ All sites are sampled before the network runs, as activation checkpointing and c
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -33,6 +34,7 @@ from pyro_blora.network.adapter import (
     updates_kept_for_backward,
 )
 from pyro_blora.network.pretrained import choose_precision
+from pyro_blora.network.shortcuts import keeps_rows
 from pyro_blora.network.targets import LayerGroup, by_group
 
 # Pyro's handlers and its store belong to the process, so only one thread may run a model or a guide
@@ -113,11 +115,6 @@ class BayesianLoRAModel(PyroModule):
         fast: bool = True,
     ) -> None:
         super().__init__()
-        if getattr(getattr(net, "config", None), "model_type", None) == "xlnet":
-            raise ConfigurationError(
-                "The rows of a batch must be in the first dimension, got XLNet, which has them in "
-                "the second; take another network."
-            )
         priors: dict[str, UpdateModel] = by_group("prior", prior, groups)
         for each in priors.values():
             check_kind("prior", each, UpdateModel)
@@ -165,6 +162,20 @@ class BayesianLoRAModel(PyroModule):
             start = self._starts.get(name, node["infer"].get("start"))
             sites.append(Site(name, node["fn"], plates, suggested=start))
         return sites, max([1, *(-f.dim for f in frames if f.vectorized)])
+
+    @cached_property
+    def keeps_rows(self) -> bool:
+        """Whether draws can share a pass of the network, because its layers keep the rows apart."""
+        with LOCK:
+            kept = keeps_rows(self.net, self.adapters)
+        if not kept:
+            warnings.warn(
+                f"An adapted layer of {type(self.net).__name__} does not have the rows of a "
+                "batch in its first dimension, so each draw takes a pass, and a training has one "
+                "draw for a batch; other target_modules may be faster.",
+                stacklevel=2,
+            )
+        return kept
 
     @property
     def sites(self) -> list[Site]:
@@ -262,6 +273,15 @@ class BayesianLoRAModel(PyroModule):
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         with ExitStack() as within:
             if self.enabled:
+                if (
+                    any(u.particle_shape.numel() > 1 for u in updates.values())
+                    and not self.keeps_rows
+                ):
+                    raise ParticleError(
+                        f"{type(self.net).__name__} must run under one draw in a pass, because an "
+                        "adapted layer does not have the rows of the batch in its first dimension, "
+                        "got several; pass num_particles=1 or num_samples=1, and average."
+                    )
                 within.enter_context(self.trained_heads.in_place())
                 within.enter_context(updates_in_place(self.adapters, layers))
                 kept = updates_kept_for_backward(self._checkpointable, self.adapters, layers)

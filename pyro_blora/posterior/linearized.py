@@ -1,5 +1,7 @@
 """The logits' first-order expansion at the guide's center, and draws of it."""
 
+from typing import Any
+
 import pyro
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,11 @@ def logit_jacobian(
             f"{type(guide).__name__}; pass linearized=False."
         )
     examples = model.likelihood.examples(batch)
+    if examples > 1 and not model.keeps_rows:
+        singles = [_row(batch, k, examples) for k in range(examples)]
+        every = [logit_jacobian(model, guide, row) for row in singles]
+        jacobians = {name: torch.cat([J[name] for _, J in every]) for name in every[0][1]}
+        return torch.cat([logits for logits, _ in every]), jacobians
     batch = repeat_batch(batch, 1)  # a copy, because autograd saves no inference tensor
     sites = {name: family.site for name, family in guide.families().items()}
     leaves: dict[str, Tensor] = {}
@@ -58,6 +65,11 @@ def logit_jacobian(
         name: J.reshape(*J.shape[:2], *site.shape)
         for (name, site), J in zip(sites.items(), stacked, strict=True)
     }
+
+
+def _row(batch: Batch, k: int, examples: int) -> dict[str, Any]:
+    each = {n: v for n, v in batch.items() if isinstance(v, Tensor) and len(v) == examples}
+    return {**batch, **{name: value[k : k + 1] for name, value in each.items()}}
 
 
 @torch.no_grad()

@@ -252,6 +252,7 @@ class Posterior:
         blocks = [] if plain else model.skippable_blocks()
         prefix = FrozenPrefix(blocks, model.likelihood.shortcuts)
         most = max(1, min(num_samples, max_rows // examples))
+        most = most if most == 1 or model.keeps_rows else 1
         done = 0
         with ensembles_from_start(guide):  # so that a seed fixes the prediction
             while done < max(1, num_samples):

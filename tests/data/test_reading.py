@@ -1,5 +1,6 @@
 """How rows of every kind become batches, and which of them are refused."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -110,6 +111,17 @@ def test_parts_of_a_set_keep_their_names_and_wrappers_their_transforms(small, fo
             return {**self.dataset[self.indices[index]], "label": "pos"}
 
     assert labels_of(blora, Wrapper(rows, range(4))) == [1] * 4
+
+    class Turned(Subset):
+        def __getitem__(self, index):
+            row = self.dataset[self.indices[index]]
+            return {**row, "label": 1 - row["label"]}
+
+        def __getitems__(self, indices):
+            return [self[index] for index in indices]
+
+    turned = [1 - k for k in data["label"]]
+    assert labels_of(blora, Turned(data, range(12))) == turned
     assert labels_of(blora, Subset(pandas.DataFrame(rows), [0, 1])) == [0, 1]
 
 
@@ -246,6 +258,9 @@ def test_items_are_read_by_the_names_of_their_choices(small):
     for collate in (None, task.collator(small, net=blora.net)):  # its names are alphabetical
         with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
             labels_of(blora, task.test, collate)
+    turned = [replace(i, choices=i.choices[::-1], label=2 - i.label) for i in task.test]
+    with pytest.raises(DataError, match="same choices in the same order"):
+        fit(adapter(small), DataLoader([*task.test, *turned], 4, collate_fn=bare), num_steps=1)
 
 
 @pytest.mark.parametrize(

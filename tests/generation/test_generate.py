@@ -207,7 +207,8 @@ def test_under_peft():
 
 
 REFUSED = [{"abstain_above": 0.1, "num_samples": 1}, {"by": "doubt"}, {"cache": ()}]
-REFUSED += [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 2.0}]
+REFUSED += [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 2.0}, {"assistant_early_exit": 1}]
+REFUSED += [{"token_healing": True}]
 REFUSED += [{"num_beams": 2, "cache_implementation": "static"}]
 
 

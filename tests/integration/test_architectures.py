@@ -8,13 +8,15 @@ import pyro
 import pytest
 import tiny
 import torch
+import transformers as hf
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
-from transformers import T5Config, T5ForSequenceClassification
 
+from pyro_blora.errors import ParticleError
 from pyro_blora.guides import Delta
 from pyro_blora.inference import fit
 from pyro_blora.likelihoods import LabelTokens, SequenceClassification
+from pyro_blora.posterior.linearized import logit_jacobian
 
 ROWS = tiny.examples(8)
 BATCH = tiny.collate(ROWS)
@@ -137,9 +139,53 @@ def test_an_encoder_decoder_classifies_sequences():
     batch = {**BATCH, "input_ids": BATCH["input_ids"].scatter(1, ends, 1)}
     sizes = {"vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2}
     sizes |= {"eos_token_id": 1, "decoder_start_token_id": 0, "num_heads": 4, "num_labels": 3}
-    blora = adapted(T5ForSequenceClassification(T5Config(**sizes)).eval())
+    blora = adapted(hf.T5ForSequenceClassification(hf.T5Config(**sizes)).eval())
     assert blora.model.trained_heads.names == ("classification_head",)
     start = blora.log_predictive(batch, 0).mean()
     train_by_svi(blora, 10, batch)
     assert blora.log_predictive(batch, 0).mean() > start
     assert blora.predict(batch, 2).samples.shape == (2, 8, 3)
+
+
+SMALL = {"vocab_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "pad_token_id": 0}
+SMALL |= {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3, "num_labels": 3}
+WINDOWS = {"attention_window": 8, "max_position_embeddings": 64}
+DEBERTA = {"relative_attention": True, "position_buckets": 8, "share_att_key": True}
+DEBERTA |= {"pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
+XLNET = {"d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 24, "vocab_size": 32}
+XLNET |= {"initializer_range": 0.3, "num_labels": 3}
+MIXING = {
+    "Longformer": (SMALL | WINDOWS, ["query", "value"]),
+    "DebertaV2": (SMALL | DEBERTA, ["query_proj", "value_proj"]),
+    "XLNet": (XLNET, ["ff.layer_1"]),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_network_that_mixes_rows_runs_under_one_draw_in_a_pass(name):
+    """Against the network with each draw in its weights."""
+    options, targets = MIXING[name]
+    torch.manual_seed(0)
+    config = getattr(hf, f"{name}Config")(**options)
+    net = getattr(hf, f"{name}ForSequenceClassification")(config).eval()
+    plain, likelihood = copy.deepcopy(net), SequenceClassification(num_data=8)
+    blora = tiny.adapted(net, target_modules=targets, likelihood=likelihood)
+    sites = {site.name: torch.randn(8, *site.shape) for site in blora.model.sites}
+    updates, expected = blora.posterior._updates_at(sites, 8), []
+    batch = tiny.sequences(8, 16)
+    for draw in range(8):
+        one = copy.deepcopy(plain)
+        for group in blora.model.groups:
+            for layer, update in zip(group.module_names, updates[group.name].layers(), strict=True):
+                one.get_submodule(layer).weight.data += update.weight()[draw].detach()
+        expected.append(one(**tiny.unlabeled(batch)).logits.softmax(-1).detach())
+    with pytest.warns(UserWarning, match="each draw takes a pass"):
+        found = blora.predict(batch, samples=sites).samples
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ParticleError, match="one draw in a pass"), blora.posterior(8) as several:
+        several(**tiny.unlabeled(batch))
+    _, jacobian = logit_jacobian(blora.model, blora.guide, batch)
+    row = {key: value[3:4] for key, value in batch.items()}
+    _, alone = logit_jacobian(blora.model, blora.guide, row)
+    assert all(torch.allclose(jacobian[n][3:4], alone[n], atol=1e-5) for n in alone)
+    fit(blora, [{k: v[i] for k, v in batch.items()} for i in range(8)], num_steps=2, progress=False)

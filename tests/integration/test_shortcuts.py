@@ -152,6 +152,7 @@ def test_each_adapter_has_its_own_shortcuts_and_answers():
     net, batch = tiny.llama(4), tiny.choices(6)
     slow = tiny.adapted(net, target_modules=["q_proj"], likelihood=CHOICES, fast=False)
     options = {"likelihood": CHOICES, "layers_to_transform": [2, 3]}
+    assert slow.model.keeps_rows
     seen = rows_run(net)
     slow.predict(batch, 2, max_rows=100)
     assert seen == dict.fromkeys(range(4), 2 * 18)
@@ -168,6 +169,7 @@ def test_each_adapter_has_its_own_shortcuts_and_answers():
 
 def test_another_implementation_of_attention_is_probed_again():
     blora, batch = adapted("llama")
+    assert blora.model.keeps_rows
     calls = []
     blora.net.register_forward_pre_hook(lambda *_: calls.append(1))
 

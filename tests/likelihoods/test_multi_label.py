@@ -97,6 +97,9 @@ def test_names_have_the_order_of_the_outputs():
         assert blora.likelihood.classes == expected
     with pytest.raises(DataError, match="must number the classes as"):
         blora.predict_dataset(ROWS, mine)
+    bools = [{**row, "label": [*map(bool, row["label"])]} for row in HOT]
+    fit(blora := adapter("labels"), bools, **STEP)
+    assert blora.likelihood.classes == ()
 
 
 BAD = ["warm", None, ["hot"], [1, 0], [0, 2, 0], [0.5, 0, 0], ["wet", 1]]

@@ -57,6 +57,11 @@ def test_texts_continue_their_prompt_and_lose_their_start():
         assert cut([row])["input_ids"][0, 1].tolist() == [whole[0], *whole[-5:]]
 
 
+def test_a_pair_may_have_a_text_that_it_is_about():
+    blora, about = adapter(), [{**row, "text": "a film"} for row in ROWS[:4]]
+    torch.testing.assert_close(blora.predict(about, 0).probs, blora.predict(ROWS[:4], 0).probs)
+
+
 def trained(**row):
     fit(adapter(), [*ROWS, {"chosen": GOOD, "rejected": BAD, **row}], num_steps=1)
 
