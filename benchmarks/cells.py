@@ -13,6 +13,7 @@ import torch
 
 from pyro_blora.evaluation.results import versions
 
+BLUE, RED = "#2f5f94", "#d9484a"  # of ours, and of LoRA
 Columns = Mapping[str, tuple[str, float, int]]  # title, factor and digits by the key of a metric
 
 

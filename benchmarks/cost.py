@@ -31,8 +31,7 @@ from typing import Any
 
 import pyro
 import torch
-from calibration_report import BLUE, RED
-from cells import markdown
+from cells import BLUE, RED, markdown
 from matplotlib.figure import Figure
 from other_layers import LAYERS
 from pyro.infer import TraceMeanField_ELBO

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from calibration_report import BLUE, RED
-from cells import Cells, Columns, error_of_mean, markdown, mean_of, means, titles
+from cells import BLUE, RED, Cells, Columns, error_of_mean, markdown, mean_of, means, titles
 from matplotlib.figure import Figure
 
 from pyro_blora import BayesianLoRA, load_task
@@ -26,7 +25,7 @@ from pyro_blora.models import KroneckerInducing
 from pyro_blora.network.pretrained import load_for
 
 TASK, SEEDS, STEPS = "sst2", (0, 1, 2), 300
-# The rate is the best of five on validation items, in results/calibration/trials.jsonl
+# The rate was the best of five on validation items
 LORA = {"method": "lora", "learning_rates": 1e-3}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # {} is the default
     "LoRA": {"": LORA},

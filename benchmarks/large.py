@@ -61,7 +61,6 @@ def main(
     how: dict[str, Any] = {"own": [LORA], "num_steps": max_steps, "batch_size": 4}
     how |= {"target_modules": ["q_proj", "v_proj", "lm_head"], "rank": 8, "out": out}
     how |= {"seeds": [int(seed) for seed in seeds.split(",")], "callback": show}
-    how["max_validation"] = 0  # no row reads any, so that all items train
     table = compare(load(model, quantized), task, ["lora", "split:lora", "bayesian-lora"], **how)
     print(f"\n{table}\n")
     printed = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))

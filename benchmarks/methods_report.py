@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from calibration_report import BLUE, RED
-from cells import Columns, markdown, mean_of, means
+from cells import BLUE, RED, Columns, markdown, mean_of, means
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,6 +16,9 @@ from pyro_blora.checkpoints.files import write_file
 from pyro_blora.evaluation.metrics import error_of
 
 OURS, LORA = "bayesian-lora", "lora"
+RIVALS = {LORA: ("LoRA", RED), "lora-split": ("LoRA, split", "#8c8c8c"), "map": ("MAP", "#c9872b")}
+WORDS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "gemma": "Gemma", "ag_news": "AG News"}
+WORDS |= {"sst2": "SST-2", "arc_easy": "ARC-Easy"}
 COLUMNS: Columns = {"nll": ("NLL", 1, 3), "brier": ("Brier", 1, 3), "acc": ("ACC %", 100, 1)}
 COLUMNS |= {"ece": ("ECE %", 100, 1), "chance": ("by chance %", 100, 1)}
 HEAD = """# Methods
@@ -110,6 +112,29 @@ def summary(tasks: Mapping[str, Rows]) -> Iterator[str]:
     yield from markdown([*head, "difference"], [line for _, line in sorted(lines)])
 
 
+def draw_panels(axis: Any, tasks: Mapping[str, Rows]) -> None:
+    """How far the test NLL of each rival lies above the default's, with 95 % intervals."""
+    axis.axvline(0, color=BLUE, linewidth=2)
+    for row, rows in enumerate(tasks.values()):
+        for k, (name, (title, color)) in enumerate(RIVALS.items()):
+            if name not in rows:
+                continue
+            gaps, at = gap(rows, name), row + 0.24 * (k - 1)
+            mean = float(gaps.mean())
+            # thick over items, and thin over items and seeds
+            for sampled, width in (gaps.mean(0, keepdim=True), 3.5), (gaps, 1.2):
+                error = 2 * float(error_of(sampled))
+                axis.plot([mean - error, mean + error], [at, at], color=color, linewidth=width)
+            axis.plot(mean, at, "o", color=color, label=None if row else title)
+    nlls = {title: mean_of(rows[OURS], "nll") for title, rows in tasks.items()}
+    axis.set_yticks(range(len(tasks)), [f"{t}\n(default: {nll:.3f})" for t, nll in nlls.items()])
+    axis.set(xlabel="test NLL above the default's (nats)", ylim=(len(tasks) - 0.5, -0.5))
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.grid(axis="x", color="#e6e6e6", linewidth=0.6)
+    axis.locator_params(axis="x", nbins=6)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=3, frameon=False)
+
+
 def draw_costs(axis: Any, rows: Rows, title: str) -> None:
     """The NLL of each method by the passes of a prediction."""
     for method, runs in rows.items():
@@ -151,10 +176,17 @@ def write_report(cells: Collection[Cell], settings: Mapping[str, Any], out: Path
             title = f"## {network}: {task}, {spec['rows']} training items, {spec['steps']} steps"
             text += [title, "", f"{len(nlls(next(iter(rows.values()))[0]))} items{marked}.", ""]
             text += [*table(cells, network, task, rows), ""]
-            drawn.append((f"{network}, {task}", rows))
+            shown = f"{WORDS.get(network, network)}, {WORDS.get(task, task)}"
+            drawn.append((shown, rows))
     versions = {json.dumps(cell["versions"], sort_keys=True) for cell in cells}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
+    panels = Figure(figsize=(5, 4), dpi=200, layout="constrained")
+    draw_panels(
+        panels.subplots(),
+        {title: rows for title, rows in drawn if LORA in rows or "lora-split" in rows},
+    )
+    write_file(out / "figures" / "panels.png", panels.savefig)
     for name, draw in (("costs", draw_costs), ("sure", draw_sure)):
         figure = Figure(figsize=(4.2 * len(drawn), 4.5), dpi=150, layout="constrained")
         for axis, (title, rows) in zip(

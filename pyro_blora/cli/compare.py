@@ -42,16 +42,14 @@ def run(
             "blob, scalabl, b-lora-xs, laplace-lora, ensemble; pairs such as "
             "Subspace+FullRank or my_module:MyPrior+MeanField; and KIND:NAME for each of them, "
             "where KIND is split (a temperature fitted to an eighth of the training items), "
-            "temperature (one fitted to validation items), best (the best of three validations), "
             "mean (the posterior mean, in one pass), linearized (draws of the linearized network) "
             "or distilled (the mean with a temperature from draws)."
         ),
-    ] = "lora,split:lora,temperature:lora,bayesian-lora",
+    ] = "lora,split:lora,bayesian-lora",
     seeds: Annotated[str, typer.Option(help="Seeds: one run of every method for each.")] = "0,1,2",
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 8,
     max_train: Annotated[int | None, typer.Option(help="Most training examples.", min=1)] = 400,
-    max_validation: Annotated[int, typer.Option(help="Most validation examples.", min=0)] = 200,
     max_test: Annotated[int | None, typer.Option(help="Most test examples.", min=1)] = None,
     rank: Annotated[int | None, typer.Option(help="Default: the method's, or 8.", min=1)] = None,
     target_modules: Annotated[
@@ -78,8 +76,8 @@ def run(
 
     Every method gets the same data, budget and scoring. NLL, ECE (15 bins), Brier score and
     accuracy are those of the probabilities over the candidate answers or classes. The table says
-    how each row's temperature was fitted, how many labels the row needs beyond the training items,
-    and its NLL minus that of the first row, item by item, with the error over items and seeds.
+    how each row's temperature was fitted, and its NLL minus that of the first row, item by item,
+    with the error over items and seeds.
 
     Each row is saved when it is done. After an interruption the same command continues; other
     --methods or --seeds with the same --out train only what is missing.
@@ -108,7 +106,6 @@ def run(
         seeds=runs,
         num_steps=max_steps,
         max_train=max_train,
-        max_validation=max_validation,
         max_test=max_test,
         data_dir=data_dir,
         rank=rank,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from inspect import getclosurevars
 from itertools import product
 from os import PathLike
@@ -24,11 +24,10 @@ from pyro_blora.checkpoints.files import check_folder
 from pyro_blora.data import Task, load_task
 from pyro_blora.data.splits import hold_out
 from pyro_blora.errors import ConfigurationError, check_count
-from pyro_blora.evaluation.metrics import doubts, error_of, fit_temperature, out_of_scope
+from pyro_blora.evaluation.metrics import doubts, error_of, out_of_scope
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.evaluation.results import Row, read, write
 from pyro_blora.inference import FitResult, fit
-from pyro_blora.inference.post_hoc import complete
 from pyro_blora.likelihoods import Collate, Likelihood, MultipleChoice, usual_likelihood
 from pyro_blora.methods import LINEARIZED, Method, get_method
 from pyro_blora.network.pretrained import choose_precision, load_for
@@ -41,31 +40,22 @@ DIAGRAM = "reliability.png"
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
 
 Data = Mapping[str, tuple[Sequence[Any], Collate]]  # examples by the name of their data set
-State = Literal["last", "distilled", "best"]
+State = Literal["last", "distilled"]
 
 
 @dataclass(frozen=True)
 class View:
     """How an adapter predicts; ``None`` stands for the usual of its method."""
 
-    state: State = "last"  # after the last training step, distilled there, or at the best step
+    state: State = "last"  # after the last training step, or distilled there
     num_samples: int | None = None
     linearized: bool | None = None
     holds_out: bool = False  # an eighth of the training items, for a temperature
-    # By a temperature for validation items; equal views have the same predictions before it
-    is_rescaled: bool = field(default=False, compare=False)
-
-    @property
-    def reads_validation(self) -> bool:
-        """Whether the labels of the validation items are needed."""
-        return self.is_rescaled or self.state == "best"
 
 
 #: The views of a method by the kind in ``KIND:NAME``.
 VIEWS = {
     "split": View(holds_out=True),
-    "temperature": View(is_rescaled=True),
-    "best": View("best"),
     "mean": View(num_samples=0),
     "linearized": View(num_samples=LINEARIZED, linearized=True),
     "distilled": View("distilled", 0),
@@ -173,7 +163,7 @@ class Comparison:
                 [100 * r.auroc[doubt] for r in rows if doubt in r.auroc] for rows in by.values()
             ]
             columns[title] = [_spread(values, ".1f") for values in each]
-        for key in ("temperature_by", "labels_beside_training", "passes"):
+        for key in ("temperature_by", "passes"):
             values = [dict.fromkeys(str(getattr(row, key)) for row in rows) for rows in by.values()]
             if any({*each} - {"none", "0"} for each in values):
                 columns[key.replace("_", " ")] = list(map(", ".join, values))
@@ -194,8 +184,7 @@ class Comparison:
     def __rich__(self) -> Table:
         table = Table(title=self.title or None, box=None, padding=(0, 1, 0, 0), pad_edge=False)
         columns = self.columns()
-        for name in ("Brier", "labels beside training"):  # for which 80 columns have no room
-            columns.pop(name, None)
+        columns.pop("Brier", None)  # for which 80 columns have no room
         for name, cells in columns.items():
             first = name == "method"
             words = [len(word) for cell in (name, *cells) for word in cell.split()]
@@ -227,13 +216,12 @@ def _spread(values: Sequence[float], form: str) -> str:
 def compare(
     network: str | tuple[nn.Module, Any],
     data: Any,
-    methods: Sequence[str] = ("lora", "split:lora", "temperature:lora", "bayesian-lora"),
+    methods: Sequence[str] = ("lora", "split:lora", "bayesian-lora"),
     *,
     own: Sequence[Method] = (),
     seeds: Sequence[int] = (0, 1, 2),
     num_steps: int = 300,
     max_train: int | None = None,
-    max_validation: int = 200,
     max_test: int | None = None,
     data_dir: str | PathLike[str] | None = None,
     rank: int | None = None,
@@ -260,15 +248,13 @@ def compare(
             ``datasets.Dataset``, or the name of a task; a ``Task`` is taken as it is.
         methods: the rows: names of :data:`~pyro_blora.methods.METHODS`, pairs ``"PRIOR+GUIDE"``,
             names of ``own``, or ``"KIND:NAME"`` for a view of one of them: ``split``, with a
-            temperature from an eighth of the training items; ``temperature``, with one from the
-            validation items; ``best``, at the best of three validations; ``mean``, the posterior
-            mean; ``linearized``, draws of the linearized network; ``distilled``, the posterior
-            mean with a temperature from the draws. Differences are taken to the first one.
+            temperature from an eighth of the training items; ``mean``, the posterior mean;
+            ``linearized``, draws of the linearized network; ``distilled``, the posterior mean with
+            a temperature from the draws. Differences are taken to the first one.
         own: your own methods, which take the place of known ones of the same names.
         seeds: every method runs once for each.
         num_steps: optimizer steps.
         max_train: as in ``load_task``.
-        max_validation: as in ``load_task``.
         max_test: as in ``load_task``.
         data_dir: as in ``load_task``.
         rank: as in :class:`~pyro_blora.BayesianLoRA`.
@@ -285,8 +271,8 @@ def compare(
         training: further options of ``fit``, for all methods, but none that reads validation items.
 
     Raises:
-        ConfigurationError: a method is unknown, an option would have no effect or read labels that
-            the table does not count, or ``out`` has results of other settings.
+        ConfigurationError: a method is unknown, an option would have no effect or read other
+            labels, or ``out`` has results of other settings.
         DataError: the data cannot be used.
 
     Example::
@@ -302,20 +288,19 @@ def compare(
         raise ConfigurationError("methods and seeds must not be empty; name at least one of each.")
     if reads := {"validation", "keep_best", "patience"} & training.keys():
         raise ConfigurationError(
-            f"Labels beside training must be counted, got {min(reads)}=; ask for a row best:METHOD."
+            f"All methods must have the same labels, got {min(reads)}=; use fit for it."
         )
     if "seed" in training:
         raise ConfigurationError(f"Seeds must be passed as seeds=, got seed={training['seed']!r}.")
-    limits: dict[str, Any] = {"max_train": max_train, "max_validation": max_validation}
-    limits["max_test"] = max_test
+    limits: dict[str, Any] = {"max_train": max_train, "max_test": max_test}
     given = data if isinstance(data, Task) else None
-    if given and (data_dir, *limits.values()) != (None, None, 200, None):
+    if given and (data_dir, *limits.values()) != (None, None, None):
         raise ConfigurationError(
             "A Task must come without data_dir and limits, which are for load_task, got "
             f"{limits} and data_dir={data_dir!r}."
         )
     head = CLASS if isinstance(network, str) else kind_of_head(network[0])
-    source: dict[str, Any] = {"data_dir": data_dir}
+    source: dict[str, Any] = {"data_dir": data_dir, "max_validation": 0}  # no row reads any
     source["as_rows"] = likelihood is not None or head not in (CLASS, TEXT)
     whole = given or load_task(data, **source)
     if likelihood is not None and whole.template is not None:
@@ -332,10 +317,8 @@ def compare(
             f"{split} must have items to hold out for its temperature, got none of "
             f"{len(task.train)} with held_out={share}; give more rows, or leave held_out out."
         )
-    wanting = next((each.name for each in entries.values() if each.view.reads_validation), None)
-    if not task.test or (wanting and not task.validation):
-        needs = f"validation items for {wanting}" if task.test else "test items"
-        raise ConfigurationError(f"{task!r} must have {needs}; give more rows, or another split.")
+    if not task.test:
+        raise ConfigurationError(f"{task!r} must have test items; give more rows.")
     options: dict[str, Any] = {"num_steps": num_steps, "rank": rank, "num_samples": num_samples}
     options |= {"target_modules": target_modules, "precision": choose_precision(precision)}
     options |= training
@@ -366,7 +349,7 @@ def compare(
         shared = likelihood or usual_likelihood(pair and pair[0], task.test[0])
         one, kind = shared.has_classes, type(shared).__name__
         for each in entries.values():
-            needs_one = each.view.is_rescaled or each.view.linearized or each.method.linearized
+            needs_one = each.view.linearized or each.method.linearized
             distills = each.view.state == "distilled" and not shared.is_categorical
             if distills or (needs_one and not one):
                 raise ConfigurationError(
@@ -395,9 +378,8 @@ def compare(
         sets = {"test": (task.test, collate)}
         if others:
             sets["outside"] = (others, collate)
-        usual = {"validate_every": max(1, num_steps // 3), "seed": seed}
         for result in train_and_score(
-            net, task, missing, collate=collate, data=sets, likelihood=shared, **usual | options
+            net, task, missing, collate=collate, data=sets, seed=seed, likelihood=shared, **options
         ):
             done[result.row, seed] = _row(result, seed, task)
             if folder is not None:
@@ -484,11 +466,8 @@ def train_and_score(
             each.name: replace(each.view, num_samples=blora.method.draws(each.view.num_samples))
             for each in group
         }
-        sets = dict(data)
-        if any(view.is_rescaled for view in views.values()):
-            sets["validation"] = (task.validation, collate)
         options: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
-        options |= {"collate": collate, "views": views, "data": sets, "seed": seed, **training}
+        options |= {"collate": collate, "views": views, "data": data, "seed": seed, **training}
         yield from scored(blora, task, **options)
 
 
@@ -512,8 +491,6 @@ def scored(
     fitted, done = FitResult(), {}
     try:
         if num_steps:
-            if any(view.state == "best" for view in views.values()):
-                training["validation"] = task.validation
             training |= {"collate": collate, "num_steps": num_steps, "seed": seed}
             fitted = fit(blora, task.train, precision=precision, **training)
         for name in by_state:
@@ -521,10 +498,6 @@ def scored(
             if view not in done:
                 if view.state == "distilled":
                     blora.distill(task.train, collate, precision=precision)
-                elif view.state == "best" and fitted.best_state is not None:
-                    blora.load_state_dict(fitted.best_state)
-                    parts = hold_out(task.train, fitted.settings["held_out"])
-                    complete(blora, *parts, collate, precision=precision)
                 options: dict[str, Any] = {"linearized": view.linearized, "precision": precision}
                 options["description"] = f"{name}, seed {seed}"
                 predictions = {}
@@ -549,7 +522,7 @@ def scored(
 
 
 def _row(result: Result, seed: int, task: Task) -> Row:
-    """The row of a result, whose test predictions get a temperature if its view says so."""
+    """The row of a result."""
     view, fitted, by = result.view, result.fitted, "none"
     prediction, labels = result.predictions["test"]
     likelihood, numbers = result.blora.likelihood, result.blora.trainable_parameters
@@ -557,20 +530,20 @@ def _row(result: Result, seed: int, task: Task) -> Row:
         by = f"{fitted.settings['held_out']:.3g} of training"
     if view.state == "distilled":
         by = "draws"
-    scaled = prediction
-    if view.is_rescaled:
-        held, held_labels = result.predictions["validation"]
-        temperature = fit_temperature(held.probs.log(), held_labels)
-        scaled = Prediction((prediction.probs.log() / temperature).softmax(-1).unsqueeze(0))
-        numbers, by = numbers + 1, "validation"
-    metrics = likelihood.metrics(scaled, labels)
-    used = len(task.validation) if view.reads_validation else 0
-    sizes = (len(task.train), len(labels), by, used)
+    sizes = (len(task.train), len(labels), by)
     costs = (result.passes, fitted.seconds, numbers)
-    log_probs = scaled.log_prob(labels).reshape(len(labels), -1).sum(-1)
+    log_probs = prediction.log_prob(labels).reshape(len(labels), -1).sum(-1)
     log_probs = log_probs / likelihood.num_scored(labels).double().mean()  # of a word
-    scored = (scaled.mean, labels, log_probs)
-    row = Row(result.row, seed, metrics, *sizes, *costs, *scored, fitted.has_learned)
+    scored = (prediction.mean, labels, log_probs)
+    row = Row(
+        result.row,
+        seed,
+        likelihood.metrics(prediction, labels),
+        *sizes,
+        *costs,
+        *scored,
+        fitted.has_learned,
+    )
     if "outside" in result.predictions:
         outside, _ = result.predictions["outside"]
         for doubt in filter("confidence".__ne__, doubts(prediction)):

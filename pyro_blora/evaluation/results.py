@@ -32,7 +32,6 @@ class Row:
     n_train: int
     n_test: int
     temperature_by: str
-    labels_beside_training: int
     passes: int
     train_seconds: float
     trainable_parameters: int

@@ -21,8 +21,7 @@ def compare(run_words):
 
 def test_rows_for_every_method_and_seed(compare, tmp_path):
     out = tmp_path / "out"
-    methods = "lora,best:lora,temperature:lora,bayesian-lora,blob,mean:bayesian-lora"
-    methods += ",temperature:bayesian-lora,distilled:bayesian-lora,split:lora"
+    methods = "lora,bayesian-lora,blob,mean:bayesian-lora,distilled:bayesian-lora,split:lora"
     (tmp_path / "other.jsonl").write_text('{"text": "the answer is"}\n{"text": "it is"}\n')
     options = ["--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
     options += ["--outside", tmp_path / "other.jsonl"]
@@ -33,16 +32,12 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     for row in results["rows"]:
         assert row["n_test"] == 21  # no example dropped
         assert 0 <= row["auroc"]["entropy"] <= 1
-    for name in ("lora", "bayesian-lora"):  # a temperature keeps the order of the answers
-        both = by[name, 0], by[f"temperature:{name}", 0]
-        assert len({row["metrics"]["acc"] for row in both}) == 1
+    both = (by[f"{kind}:bayesian-lora", 0] for kind in ("mean", "distilled"))
+    assert len({row["metrics"]["acc"] for row in both}) == 1  # a temperature keeps the answers
     nll = {key: row["metrics"]["nll"] for key, row in by.items()}
-    for kind in ("temperature", "distilled"):
-        assert nll[f"{kind}:bayesian-lora", 0] != nll["bayesian-lora", 0]
+    assert nll["distilled:bayesian-lora", 0] != nll["mean:bayesian-lora", 0]
     assert nll["bayesian-lora", 0] != nll["bayesian-lora", 1]
     assert nll["split:lora", 0] != nll["lora", 0]
-    used = {name for (name, _), row in by.items() if row["labels_beside_training"]}
-    assert used == {"best:lora", "temperature:lora", "temperature:bayesian-lora"}
     passes = [by[f"{kind}bayesian-lora", 0]["passes"] for kind in ("", "distilled:", "mean:")]
     assert passes == [3, 1, 1]
     assert results["settings"]["precision"] == choose_precision("auto")
@@ -51,7 +46,7 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
 
 
 def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeypatch):
-    methods, options = "lora,temperature:lora,map,blob", ["--seeds", 0, "--max-steps", 2]
+    methods, options = "lora,mean:lora,map,blob", ["--seeds", 0, "--max-steps", 2]
     whole, out = tmp_path / "whole", tmp_path / "out"
     _, expected = compare(whole, methods, *options)
     fit = comparison.fit
@@ -64,7 +59,7 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "fit", stopped)  # while the second method is trained
         kept = compare(out, methods, *options, codes=(1, 130))[1]["rows"]
-    assert [row["method"] for row in kept] == ["lora", "temperature:lora"]
+    assert [row["method"] for row in kept] == ["lora", "mean:lora"]
     _, found = compare(out, methods, *options)
     assert found["rows"][:2] == kept
     for row, other in zip(found["rows"], expected["rows"], strict=True):
@@ -81,7 +76,7 @@ def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeyp
 
 @pytest.mark.usefixtures("own_module")
 def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
-    own = ["mine:Plain+MeanField", "temperature:Subspace+mine:Spread"]
+    own = ["mine:Plain+MeanField", "mean:Subspace+mine:Spread"]
     out, short = tmp_path / "out", ["--max-steps", 2, "--rank", 3]
     _, first = compare(out, "map", "--seeds", "0", *short)
     _, document = compare(out, ",".join([*own, "map"]), "--seeds", "0,1", *short)

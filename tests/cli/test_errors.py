@@ -41,7 +41,7 @@ def test_a_gguf_file_is_a_network(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [
-        ("methods", "temperature:blub", "blob"),
+        ("methods", "split:blub", "blob"),
         ("methods", "nowhere:Prior+MeanField", "'nowhere'"),
         ("methods", "mine:Plain+mine:Sprad", "'Spread'"),
         ("methods", "mine:Spread+MeanField", "Plain"),

@@ -21,7 +21,7 @@ MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 SMALLER = {
     "max_train=400, num_steps": "max_train=400, max_test=8, num_steps",
-    "max_train=400": "max_train=16, max_validation=8",
+    "max_train=400": "max_train=16",
     "max_test=600": "max_test=8",
     r"(num|max)_steps=\d+": r"\1_steps=2",
     "num_epochs=6": "num_steps=2",
@@ -33,7 +33,7 @@ SMALLER = {
     'validate_every": 50': 'validate_every": 1',
     r"\[(:?)(\d+)0(:?)\]": r"[\1\2\3]",  # a slice
 }
-SMALL = shlex.split("--max-steps 2 --rank 2 --max-train 16 --max-validation 8 --max-test 8")
+SMALL = shlex.split("--max-steps 2 --rank 2 --max-train 16 --max-test 8")
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,7 @@ def test_lora_is_peft_s():
     torch.testing.assert_close(blora.predict(batch, 0).probs, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["blobb", "temperature:lora", "Subspace+Site"])
+@pytest.mark.parametrize("name", ["blobb", "split:lora", "Subspace+Site"])
 def test_unknown_names(name):
     with pytest.raises(ConfigurationError):
         get_method(name)

@@ -48,7 +48,7 @@ def tokenizer_of(texts=None):
 
 def row(method, seed, probs, labels):
     log_probs = probs.gather(1, labels[:, None]).log()[:, 0]
-    sizes = (0, len(probs), "none", 0, 1, 1.0, 1)
+    sizes = (0, len(probs), "none", 1, 1.0, 1)
     return Row(method, seed, evaluate(probs, labels), *sizes, probs, labels, log_probs)
 
 
@@ -80,10 +80,9 @@ def test_differences_are_paired_and_twice_their_error_covers_95_percent():
 def test_a_column_has_the_values_of_all_seeds():
     probs, labels = torch.tensor([[0.9, 0.1]] * 2), torch.tensor([0, 1])
     rows = [row("a", seed, probs, labels) for seed in range(3)]
-    rows[2].labels_beside_training = 7
+    rows[2].passes = 7
     columns = Comparison(rows).columns()
-    assert columns["labels beside training"] == ["0, 7"]
-    assert columns["passes"] == ["1"]
+    assert columns["passes"] == ["1, 7"]
     assert "temperature by" not in columns  # no method has one
 
 
@@ -96,12 +95,12 @@ def test_wrong_answers_among_the_sure_ones_are_counted_over_all_seeds():
 
 def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
     """A row trained alone is the same, and a head of one seed is the same for every method."""
-    names = ["lora", "temperature:lora", "bayesian-lora", "mine", "point", "mean:mine"]
+    names = ["lora", "split:lora", "bayesian-lora", "mine", "point", "mean:mine"]
     parts = {"own": [MINE, Method("point", Subspace(rank=2), Delta())], "batch_size": 6}
-    seen, task = [], load_task(ROWS, max_validation=9)
+    seen, task = [], load_task(ROWS, max_validation=0)
 
     def run(names=names, num_steps=4, seeds=(0, 1), **options):
-        options |= {"max_validation": 9, "target_modules": ["query"], "progress": False, **parts}
+        options |= {"target_modules": ["query"], "progress": False, **parts}
         options |= {"seeds": seeds, "num_samples": 3, "num_steps": num_steps}
         return compare(str(encoder), ROWS, names, **options)
 
@@ -114,14 +113,14 @@ def test_a_bert_by_its_folder_and_rows_of_text(encoder, tmp_path):
         torch.testing.assert_close(one.probs, other.probs, atol=0, rtol=0)
     assert [r.passes for r in table.rows[::2]] == [1, 1, 3, 3, 1, 1]
     by = [row.temperature_by for row in table.rows[::2]]
-    assert by == ["none", "validation", "none", "none", "none", "none"]
+    assert by == ["none", "0.125 of training", "none", "none", "none", "none"]
     text = str(table)
     assert f"{encoder} on data: {len(task.train)} training and {len(task.test)} test" in text
-    for one in ("NLL minus lora's", "| mine |", "labels beside training"):
+    for one in ("NLL minus lora's", "| mine |", "temperature by"):
         assert one in text
     console = Console(record=True, width=200)
     console.print(table)
-    assert "temperature:lora" in console.export_text()
+    assert "split:lora" in console.export_text()
     assert len(table.plot().axes) >= len(names)
     with pytest.raises(ConfigurationError, match="reference must be one of"):
         table.differences("nothing")
@@ -196,8 +195,8 @@ def test_other_weights_or_tokenizers_of_the_same_name_are_not_taken_for_these(en
     [
         ("split:lora", {"held_out": 0.0}, r"split:lora must have items .* with held_out=0\.0;"),
         ("lora", {"validation": ROWS}, "got validation=;"),
-        ("best:lora", {"patience": 2}, "got patience=;"),
-        ("lora", {"max_validation": 20}, "A Task must come without .*'max_validation': 20"),
+        ("lora", {"patience": 2}, "got patience=;"),
+        ("lora", {"max_test": 20}, "A Task must come without .*'max_test': 20"),
         ("lora", {"likelihood": Ordinal(num_classes=3)}, r"likelihood= must have .* got Task\("),
         ("lora", {"data_dir": "data"}, "A Task must come without .* data_dir='data'"),
     ],
@@ -250,7 +249,6 @@ def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(tmp_p
         ({"tokenizer": short}, "another tokenizer"),
         ({"tokenizer": tokenizer_of(["other words"])}, "another tokenizer"),
         ({"rows": [*ROWS[:-1], {**ROWS[-1], "text": "another"}]}, "another data"),
-        ({"names": ("lora", "temperature:lora"), "max_validation": 0}, "for temperature:lora"),
         ({"names": ()}, "must not be empty"),
     ):
         with pytest.raises(ConfigurationError, match=match):
@@ -265,17 +263,6 @@ def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(tmp_p
     run(rows=task, out=tmp_path / "task")
     with pytest.raises(ConfigurationError, match="another data"):  # the same items, split apart
         run(rows=other, out=tmp_path / "task")
-
-
-@pytest.mark.parametrize("method", ["map", "laplace-lora"])
-def test_the_best_step_has_the_temperature_and_the_width_of_a_last_one(method):
-    tokenizer = tokenizer_of()
-    net = tiny.llama(vocab_size=len(tokenizer), max_position_embeddings=64)
-    options = {**SHORT, "rank": 2, "validate_every": 2, "held_out": 0.25}
-    names = [f"best:{method}", method]
-    best, last = compare((net, tokenizer), load_task(ROWS), names, **options).rows
-    assert best.temperature_by == last.temperature_by == "0.25 of training"
-    torch.testing.assert_close(best.probs, last.probs, atol=1e-5, rtol=0)
 
 
 def test_a_method_with_a_function_is_found_again_in_another_process():

@@ -79,7 +79,7 @@ def test_a_comparison_goes_on_from_its_folder(tmp_path):
     assert table.differences()["mean:bayesian-lora"]["nll"][1] > 0
     assert str(compare(pair, ROWS, methods, out=tmp_path, **how)) == str(table)
     with pytest.raises(ConfigurationError, match="one class of each row, got Regression"):
-        compare(pair, ROWS, ["temperature:lora"], **how)
+        compare(pair, ROWS, ["linearized:lora"], **how)
 
 
 def test_both_deviations_are_columns_of_a_comparison_with_others():
