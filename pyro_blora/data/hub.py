@@ -12,7 +12,7 @@ _Parts = tuple[str, tuple[str, ...], int]  # the question, choices and label of 
 
 class _Source(NamedTuple):
     path: str
-    configs: tuple[str | None, ...]
+    config: str | None
     convert: Callable[[_Record], _Parts]
     splits: Mapping[str, str]  # with their names on the hub
 
@@ -22,10 +22,6 @@ def _lettered(record: _Record) -> _Parts:
     texts, labels = record["choices"]["text"], list(record["choices"]["label"])
     question = record.get("question") or record["question_stem"]
     return question, tuple(texts), labels.index(record["answerKey"])
-
-
-def _numbered(record: _Record) -> _Parts:
-    return record["question"], tuple(record["choices"]), int(record["answer"])
 
 
 def _winogrande(record: _Record) -> _Parts:
@@ -47,18 +43,15 @@ _UNLABELED_TEST = {"train": "train", "test": "validation"}
 _NEWS = _classes("text", "World", "Sports", "Business", "Sci/Tech")
 _FILMS = _classes("sentence", "negative", "positive")
 _SOURCES = {
-    "arc_easy": _Source("allenai/ai2_arc", ("ARC-Easy",), _lettered, _ALL),
-    "arc_challenge": _Source("allenai/ai2_arc", ("ARC-Challenge",), _lettered, _ALL),
-    "openbookqa": _Source("allenai/openbookqa", ("main",), _lettered, _ALL),
-    "ag_news": _Source("fancyzhx/ag_news", (None,), _NEWS, {"train": "train", "test": "test"}),
-    "sst2": _Source("stanfordnlp/sst2", (None,), _FILMS, _UNLABELED_TEST),
-    "boolq": _Source("google/boolq", (None,), _boolq, _UNLABELED_TEST),
+    "arc_easy": _Source("allenai/ai2_arc", "ARC-Easy", _lettered, _ALL),
+    "arc_challenge": _Source("allenai/ai2_arc", "ARC-Challenge", _lettered, _ALL),
+    "openbookqa": _Source("allenai/openbookqa", "main", _lettered, _ALL),
+    "ag_news": _Source("fancyzhx/ag_news", None, _NEWS, {"train": "train", "test": "test"}),
+    "sst2": _Source("stanfordnlp/sst2", None, _FILMS, _UNLABELED_TEST),
+    "boolq": _Source("google/boolq", None, _boolq, _UNLABELED_TEST),
 }
-for _name in ("winogrande_xs", "winogrande_s", "winogrande_m"):
-    _SOURCES[_name] = _Source("allenai/winogrande", (_name,), _winogrande, _UNLABELED_TEST)
-for _name in ("chemistry", "physics"):
-    _configs = (f"college_{_name}", f"high_school_{_name}")
-    _SOURCES[f"mmlu_{_name}"] = _Source("cais/mmlu", _configs, _numbered, {"test": "test"})
+for _name in ("winogrande_s", "winogrande_m"):
+    _SOURCES[_name] = _Source("allenai/winogrande", _name, _winogrande, _UNLABELED_TEST)
 
 
 def hub_splits(task: str) -> Mapping[str, str]:
@@ -82,11 +75,10 @@ def read_hub(task: str, split: str) -> list[Item]:
     try:
         from datasets import load_dataset
 
-        parts = [load_dataset(source.path, config, split=name) for config in source.configs]
+        records = load_dataset(source.path, source.config, split=name)
     except Exception as error:  # datasets and its HTTP library raise many kinds
         raise DataError(
             f"{source.path} cannot be read from the hub ({first_line(error)[:160]}): pip install "
             "datasets, or pass data_dir (--data-dir) with JSON lines"
         ) from error
-    records = (record for part in parts for record in part)
     return [Item(f"{task}-{split}-{k}", *source.convert(r)) for k, r in enumerate(records)]
