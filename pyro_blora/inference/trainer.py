@@ -180,7 +180,8 @@ class BayesianLoRATrainer(Trainer):
             with before.put_back_after(Exception), self._in_mode(training=True):
                 result = super().train(*arguments, **options)
         except Exception:
-            self.optimizer, self.lr_scheduler = made  # not those of parameters that are undone
+            # not those of parameters that are undone, nor a scheduler that has run to its end
+            self.optimizer, self.lr_scheduler = made[0], self.lr_scheduler and made[1]
             for each, state in zip(filter(None, made), states, strict=True):
                 each.load_state_dict(state)
             self.model.figures = []

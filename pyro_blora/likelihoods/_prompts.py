@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import DataError
 from pyro_blora.items import QUESTION, Item, Template, item_of
+from pyro_blora.labels import parts_of
 
 
 def items_in(rows: Any, labeled: bool = False) -> tuple[list[Item], bool]:
@@ -20,6 +21,23 @@ def items_in(rows: Any, labeled: bool = False) -> tuple[list[Item], bool]:
     if not labeled and any(isinstance(row, Item) or "label" in row for row in every):
         raise DataError("All rows must have a label, or none, got none in row 0; add it.")
     return [item_of(row, {"id": f"row {k}", **some}) for k, row in enumerate(every)], labeled
+
+
+def choices_of(rows: Any) -> list[str]:
+    """The choices of the items in the data set of a loader, which must be the same, or none."""
+    found: dict[tuple[str, ...], None] = {}
+    for part in parts_of(rows):
+        is_sized = hasattr(part, "__len__") and hasattr(part, "__getitem__")
+        read = (
+            part if isinstance(part, list | tuple) else [part[0]] if is_sized and len(part) else ()
+        )
+        found |= dict.fromkeys(row.choices for row in read if isinstance(row, Item))
+    if len(found) > 1:
+        raise DataError(
+            "The items of a DataLoader must have the same choices in the same order, got "
+            f"{' and '.join(map(str, [*found][:2]))}; pass the items themselves."
+        )
+    return list(next(iter(found), ()))
 
 
 class PromptCollator:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item, Template
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator, is_from
+from pyro_blora.likelihoods._prompts import PromptCollator, choices_of, is_from
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
 
@@ -77,6 +77,15 @@ class LabelTokens(Likelihood):
             names = first.choices if isinstance(first, Item) else first["choices"]
             self.check_names(names, training)
         return collate
+
+    def check_loader(
+        self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
+    ) -> None:
+        """Checks the order of the choices of items, too."""
+        super().check_loader(data, collate, net, training=training)
+        collate = getattr(data, "collate_fn", collate)
+        if isinstance(collate, LabelTokensCollator) and not collate.letters:
+            self.check_names(choices_of(getattr(data, "dataset", data)), training)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""

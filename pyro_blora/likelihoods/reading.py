@@ -126,12 +126,20 @@ def logits_at(
 
 def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
     """``position_ids`` counted from the mask if rows are padded on the left, else nothing."""
+    config: Any = getattr(net, "config", None)
+    if getattr(config, "model_type", None) == "xlnet" and mask is not None and mask.dim() == 2:
+        if config.summary_type == "last" and not bool(mask[:, -1].all()):
+            raise BatchError(
+                f"The head of {type(net).__name__} reads a row's last token, got rows padded on "
+                "the right; set tokenizer.padding_side = 'left'."
+            )
+        return {}  # its positions are relative
     if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's are right
         return {}
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
 
     takes = "position_ids" in inspect.signature(without_peft(net).forward).parameters
-    if takes and type(getattr(net, "config", None)) not in ENCODERS:
+    if takes and type(config) not in ENCODERS:
         return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
     raise BatchError(
         f"Rows are padded on the left, and {type(net).__name__} takes no position_ids counted from "

@@ -24,11 +24,10 @@ from pyro_blora.labels import (
     in_order,
     label_of,
     names_of,
-    parts_of,
     place_of,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import NumberCollator, is_from
+from pyro_blora.likelihoods._prompts import NumberCollator, choices_of, is_from
 from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.network.targets import CLASS, logit_names
 
@@ -247,18 +246,11 @@ class SequenceClassification(Likelihood):
     ) -> None:
         """Refuses a loader whose batches number the classes otherwise than the logits do."""
         whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
-        rows = parts_of(whole)[0]
         ours = collate if isinstance(collate, ClassificationCollator) else None
         given = ours.classes if ours else ()
         names = next(filter(None, (classes_of(whole, name) for name in self.label_columns)), [])
-        first = rows[0] if isinstance(rows, list | tuple) and rows else None
-        if isinstance(first, Item) and not given:
-            names = list(first.choices)
-            if other := [row.choices for row in rows if row.choices != first.choices]:
-                raise DataError(
-                    f"The items of a DataLoader must have the same choices in the same order, got "
-                    f"{first.choices} and {other[0]}; pass the items themselves."
-                )
+        if ours and not given:
+            names = choices_of(whole) or names
         if not (collate is None or is_from(collate, "transformers.", "torch.")):
             names = names if ours and not ours.data_names else []  # by which it reads labels
         if given and names:  # numbers are read as they are, or as names that are numbers

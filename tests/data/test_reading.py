@@ -259,8 +259,16 @@ def test_items_are_read_by_the_names_of_their_choices(small):
         with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
             labels_of(blora, task.test, collate)
     turned = [replace(i, choices=i.choices[::-1], label=2 - i.label) for i in task.test]
-    with pytest.raises(DataError, match="same choices in the same order"):
-        fit(adapter(small), DataLoader([*task.test, *turned], 4, collate_fn=bare), num_steps=1)
+    for whole in ([*task.test, *turned], ConcatDataset([task.test, turned])):
+        with pytest.raises(DataError, match="same choices in the same order"):
+            fit(adapter(small), DataLoader(whole, 4, collate_fn=bare), num_steps=1)
+
+    class Own:
+        __len__ = task.test.__len__
+        __getitem__ = task.test.__getitem__
+
+    with pytest.raises(DataError, match="must number the classes as"):
+        labels_of(adapter(small, NAMES, ROWS), DataLoader(Own(), 4, collate_fn=bare))
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,11 @@ def test_a_refused_training_leaves_nothing_to_the_next_one(is_second, tmp_path):
 
         if is_second:
             run.train()
+            run.args.lr_scheduler_type = "cosine_with_min_lr"
+            if is_refused:
+                with pytest.raises(ValueError, match="min_lr"):  # which it needs
+                    run.train()
+            run.args.lr_scheduler_type = "linear"
         if is_refused:
             run.data_collator = collate
             with pytest.raises(DataError):

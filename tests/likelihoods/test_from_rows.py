@@ -2,9 +2,11 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import peft
 import pytest
+import tiny
 import torch
 from datasets import ClassLabel, Dataset
 from kinds import FEW, NETS, PASSED, ROWS, TAGS, TOKENIZER, adapter
@@ -12,10 +14,12 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, compare, fit
-from pyro_blora.data import load_task
+from pyro_blora.data import Item, Template, load_task
 from pyro_blora.errors import DataError
 from pyro_blora.likelihoods import (
     ClassificationCollator,
+    LabelTokens,
+    LabelTokensCollator,
     MultipleChoice,
     MultipleChoiceCollator,
     NumberCollator,
@@ -126,6 +130,19 @@ def test_choices_whose_numbers_have_names_in_another_order_are_refused():
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
             loader = DataLoader(named, collate_fn=collate)
             MultipleChoice().check_loader(loader, None, None, training=True)
+
+
+def test_a_loader_keeps_the_order_of_its_items_choices():
+    collate = LabelTokensCollator(TOKENIZER, Template("{q}", "labels", (" good", " end")))
+    items = [Item(str(k), f"is it {k} ?", ("no", "yes"), k % 2) for k in range(9)]
+    turned = [replace(item, choices=("yes", "no"), label=1 - item.label) for item in items]
+    net = tiny.llama(vocab_size=len(TOKENIZER))
+    blora = BayesianLoRA(net, likelihood=LabelTokens(token_ids=collate.token_ids))
+    fit(blora, DataLoader(items, 4, collate_fn=collate), num_steps=1, progress=False)
+    collate = LabelTokensCollator(TOKENIZER, collate.template)  # which has seen no item
+    for data in (DataLoader(turned, 4, collate_fn=collate), turned):
+        with pytest.raises(DataError, match="must number the classes as"):
+            blora.predict_dataset(data, collate)
 
 
 def test_a_column_that_a_likelihood_does_not_read_may_have_any_names():
