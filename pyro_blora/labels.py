@@ -141,13 +141,15 @@ class Rows(tuple[Any, ...]):
 
 def is_subset(rows: Any) -> bool:
     """Whether ``rows`` are a ``torch.utils.data.Subset``, as ``random_split`` makes them."""
-    return _gives_rows_as_they_are(rows) and hasattr(rows, "dataset")
+    own = _gives_rows_as_they_are(rows)
+    return own and hasattr(rows, "indices") and hasattr(rows, "dataset")
 
 
 def _gives_rows_as_they_are(rows: Any) -> bool:
     """Whether they are of a class of torch; a subclass may make other labels of those within."""
-    method = getattr(type(rows), "__getitem__", None)
-    return getattr(method, "__module__", "") == "torch.utils.data.dataset"
+    methods = (getattr(type(rows), name, None) for name in ("__getitem__", "__iter__"))
+    homes = {getattr(method, "__module__", "") for method in methods if method is not None}
+    return homes == {"torch.utils.data.dataset"}
 
 
 def parts_of(rows: Any) -> list[Any]:

@@ -403,8 +403,9 @@ def _content(network: str | tuple[nn.Module, Any]) -> dict[str, Any]:
         config: Any = getattr(net, "config", None)
         weights = hashlib.sha256((config.to_json_string() if config else "").encode())
         for name, tensor in net.state_dict().items():
-            content = torch.empty(0) if tensor.is_meta else tensor.cpu().flatten()
-            weights.update(name.encode() + content.view(torch.uint8).numpy().tobytes())
+            weights.update(name.encode())
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                weights.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
         words |= {"truncation": None, "padding": None}  # which each call sets

@@ -128,7 +128,8 @@ def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
     """``position_ids`` counted from the mask if rows are padded on the left, else nothing."""
     config: Any = getattr(net, "config", None)
     if getattr(config, "model_type", None) == "xlnet" and mask is not None and mask.dim() == 2:
-        if config.summary_type == "last" and not bool(mask[:, -1].all()):
+        reads_last = hasattr(without_peft(net), "sequence_summary")
+        if reads_last and config.summary_type == "last" and not bool(mask[:, -1].all()):
             raise BatchError(
                 f"The head of {type(net).__name__} reads a row's last token, got rows padded on "
                 "the right; set tokenizer.padding_side = 'left'."

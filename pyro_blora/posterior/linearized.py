@@ -68,7 +68,7 @@ def logit_jacobian(
 
 
 def _row(batch: Batch, k: int, examples: int) -> dict[str, Any]:
-    each = {n: v for n, v in batch.items() if isinstance(v, Tensor) and len(v) == examples}
+    each = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (examples,)}
     return {**batch, **{name: value[k : k + 1] for name, value in each.items()}}
 
 

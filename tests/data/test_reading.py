@@ -26,7 +26,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.labels import label_of
+from pyro_blora.labels import label_of, parts_of
 from pyro_blora.likelihoods import ClassificationCollator, SequenceClassification
 
 
@@ -120,6 +120,11 @@ def test_parts_of_a_set_keep_their_names_and_wrappers_their_transforms(small, fo
         def __getitems__(self, indices):
             return [self[index] for index in indices]
 
+    class Stream(torch.utils.data.IterableDataset):
+        dataset, indices, datasets = data, [0], [data]
+        __iter__ = iter
+
+    assert parts_of(stream := Stream()) == [stream]
     turned = [1 - k for k in data["label"]]
     assert labels_of(blora, Turned(data, range(12))) == turned
     assert labels_of(blora, Subset(pandas.DataFrame(rows), [0, 1])) == [0, 1]
