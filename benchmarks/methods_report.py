@@ -125,7 +125,8 @@ def draw_panels(axis: Any, tasks: Mapping[str, Rows]) -> None:
             for sampled, width in (gaps.mean(0, keepdim=True), 3.5), (gaps, 1.2):
                 error = 2 * float(error_of(sampled))
                 axis.plot([mean - error, mean + error], [at, at], color=color, linewidth=width)
-            axis.plot(mean, at, "o", color=color, label=None if row else title)
+            label = None if title in axis.get_legend_handles_labels()[1] else title
+            axis.plot(mean, at, "o", color=color, label=label)
     nlls = {title: mean_of(rows[OURS], "nll") for title, rows in tasks.items()}
     axis.set_yticks(range(len(tasks)), [f"{t}\n(default: {nll:.3f})" for t, nll in nlls.items()])
     axis.set(xlabel="test NLL above the default's (nats)", ylim=(len(tasks) - 0.5, -0.5))
@@ -182,10 +183,8 @@ def write_report(cells: Collection[Cell], settings: Mapping[str, Any], out: Path
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
     panels = Figure(figsize=(5, 4), dpi=200, layout="constrained")
-    draw_panels(
-        panels.subplots(),
-        {title: rows for title, rows in drawn if LORA in rows or "lora-split" in rows},
-    )
+    beside = {t: rows for t, rows in drawn if OURS in rows and RIVALS.keys() & rows.keys()}
+    draw_panels(panels.subplots(), beside)
     write_file(out / "figures" / "panels.png", panels.savefig)
     for name, draw in (("costs", draw_costs), ("sure", draw_sure)):
         figure = Figure(figsize=(4.2 * len(drawn), 4.5), dpi=150, layout="constrained")
