@@ -79,8 +79,8 @@ class BayesianLoRA(PyroModule):
             layer, ``dW = B A``, of any ranks up to the prior's. Default: usually ``dW = 0``.
         tokenizer: reads rows of text for the likelihood if no ``collate`` is given; ``fit`` then
             accepts a file or a data frame as well. It can be set later.
-        fast: whether to compute logits only at the positions needed, pack options behind one
-            question, and run frozen blocks once, none of which changes the logits.
+        fast: whether to compute logits only at the positions needed, and pack options behind one
+            question, neither of which changes the logits.
 
     Raises:
         NoTargetError: no layer matches.

@@ -54,7 +54,7 @@ def is_enumerating() -> bool:
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """All hooks before and after a module's forward: ``_forward_hooks`` of torch 2.10."""
-    # Without it a layer could be adapted twice, and shortcuts would change what other hooks see.
+    # Without it a layer could be adapted twice, and a head's hook would see fewer positions.
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
@@ -95,12 +95,6 @@ def attention_of(net: nn.Module) -> str | None:
     """How the network computes attention: ``_attn_implementation`` of transformers 5.6."""
     # Eager attention adds its mask to the scores, and the others take a mask of booleans.
     return getattr(getattr(net, "config", None), "_attn_implementation", None)
-
-
-def experts_of(net: nn.Module) -> str | None:
-    """How the network computes its experts: ``_experts_implementation`` of transformers 5.6."""
-    # Shortcuts are verified anew when it changes; without it the old answer would stand.
-    return getattr(getattr(net, "config", None), "_experts_implementation", None)
 
 
 def use_one_gpu(arguments: Any) -> None:

@@ -3,7 +3,7 @@ r"""The low-rank update that a prior returns and the layers apply, and what it i
 *The rows of the network's batch are divided evenly among the P particles, in order.* A factor with
 a leading particle dimension acts on each particle's share of the rows, a factor without one on all
 rows. An adapted layer must therefore keep the rows of the batch, in order, in its first dimension;
-:func:`pyro_blora.network.shortcuts.keeps_rows` finds the networks that do not, where P is 1.
+:func:`pyro_blora.network.probes.keeps_rows` finds the networks that do not, where P is 1.
 
 With inducing directions ``Z`` (m x d) and noise ``D``, the covariance of one side is
 ``Psi = Z Z^T + D^2`` and the map from inducing variables to weights is ``T = Psi^-1 Z`` (columns)

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.network.shortcuts import runs_eagerly
+from pyro_blora.network.probes import runs_eagerly
 from pyro_blora.posterior.guide import warn_of_a_point
 from pyro_blora.posterior.posterior import Posterior
 from pyro_blora.prediction import Prediction

@@ -26,7 +26,6 @@ from pyro_blora.labels import (
 )
 from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
 from pyro_blora.likelihoods.reading import in_single_precision
-from pyro_blora.network.shortcuts import Shortcuts
 from pyro_blora.network.targets import kind_of_head
 from pyro_blora.options import Options
 from pyro_blora.prediction import Prediction
@@ -85,15 +84,15 @@ class Likelihood(Options, PyroModule):
 
     def __init__(self, *, num_data: int | None = None) -> None:
         super().__init__()
-        self.shortcuts = Shortcuts()
+        self.fast = True
         self.register_buffer("trained_head", torch.tensor(False))
         if num_data is not None:
             check_count("num_data", num_data)
 
     def bind(self, device: torch.device, *, fast: bool = True) -> Self:
-        """A copy on ``device`` with the same parameter values, and with shortcuts if ``fast``."""
+        """A copy on ``device`` with the same parameter values; ``fast`` is as in the adapter."""
         bound = type(self)(**copy.deepcopy(self.options()))
-        bound.shortcuts.on = fast
+        bound.fast = fast
         bound.load_state_dict(self.state_dict())
         bound.trained_head.fill_(False)  # which is of a network; a template may serve another
         return bound.to(device)

@@ -63,7 +63,7 @@ class CausalLM(TokenLabels):
         mask, counts = scored["scored_tokens"] != -100, scored["scored_counts"]
         count = sum(counts) * (len(mask) // len(counts))  # rows are repeated for several draws
         inputs, positions = self.inputs(batch), scored["scored_positions"]
-        flat = logits_at(net, inputs, positions, mask, count=count, narrow=self.shortcuts.on)
+        flat = logits_at(net, inputs, positions, mask, count=count, narrow=self.fast)
         logits = flat.new_zeros(*mask.shape, flat.shape[-1])
         return logits.masked_scatter(mask.unsqueeze(-1), flat)
 

@@ -94,7 +94,7 @@ class LabelTokens(Likelihood):
         places = torch.arange(mask.shape[-1], device=mask.device)
         last = (places * mask.bool()).argmax(-1, keepdim=True)  # for padding on either side
         ids = self._answers.to(mask.device)
-        return logits_at(net, inputs, last, token_ids=ids, narrow=self.shortcuts.on)
+        return logits_at(net, inputs, last, token_ids=ids, narrow=self.fast)
 
 
 class LabelTokensCollator(PromptCollator):

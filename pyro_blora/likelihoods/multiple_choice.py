@@ -11,7 +11,7 @@ from pyro_blora.errors import BatchError, DataError
 from pyro_blora.items import Item
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods._prompts import PromptCollator
-from pyro_blora.likelihoods.packing import in_rows
+from pyro_blora.likelihoods.packing import in_rows, supports_packing
 from pyro_blora.likelihoods.reading import check_causal, logits_at, true_entries
 
 
@@ -120,9 +120,10 @@ class MultipleChoice(Likelihood):
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The options' scores, ``(B, K)``; minus infinity for an absent option."""
-        rows = in_rows(net, {key: batch[key] for key in self.keys}, self.shortcuts, self.pack)
+        packing = self.fast and supports_packing(net) if self.pack is None else self.pack
+        rows = in_rows(net, {key: batch[key] for key in self.keys}, packing)
         logits = logits_at(
-            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.shortcuts.on
+            net, rows.inputs, rows.positions, rows.mask, count=rows.count, narrow=self.fast
         )
         real = true_entries(rows.mask, rows.count)
         targets = rows.targets.flatten()[real]

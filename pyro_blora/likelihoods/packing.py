@@ -5,9 +5,10 @@ the rest of every option. Its position ids and attention mask let each option se
 and itself, which gives the same scores with about half the tokens.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,11 @@ from pyro_blora.debts import attention_of
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.likelihoods.reading import compact
 from pyro_blora.network.adapter import layer_hook_of
-from pyro_blora.network.shortcuts import Shortcuts, agree, few_tokens, logits_of, window_of
+from pyro_blora.network.probes import agree, few_tokens, logits_of, plainly, window_of
 from pyro_blora.updates import MarginalNoise
+
+# Whether a network supports packing, by its implementation of attention
+_SUPPORTS: WeakKeyDictionary[nn.Module, dict[str | None, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,9 @@ def pack(batch: Mapping[str, Tensor], *, additive: bool = False) -> Scored:
     return Scored(inputs, positions, targets, option.clamp_min(0), mask, count)
 
 
-def in_rows(
-    net: nn.Module, batch: Mapping[str, Tensor], shortcuts: Shortcuts, packing: bool | None = None
-) -> Scored:
-    """The batch's rows, packed if that leaves the logits the same."""
-    if supports_packing(net, shortcuts) if packing is None else packing:
+def in_rows(net: nn.Module, batch: Mapping[str, Tensor], packing: bool) -> Scored:
+    """The batch's rows, packed unless the network sees only a part of such a row."""
+    if packing:
         rows, window = pack(batch, additive=_adds_its_mask(net)), window_of(net)
         # The packed mask replaces that of an attention window
         if window is None or rows.inputs["input_ids"].shape[-1] <= window:
@@ -137,10 +139,19 @@ def check_noise(net: nn.Module, rows: str) -> None:
         )
 
 
-def supports_packing(net: nn.Module, shortcuts: Shortcuts | None = None) -> bool:
-    """Whether packed and unpacked rows give this network the same logits."""
-    shortcuts = shortcuts or Shortcuts()
-    return shortcuts.verified(net, "options packed behind one question", partial(_packs, net))
+def supports_packing(net: nn.Module) -> bool:
+    """Whether packed and unpacked rows give this network the same logits; tried only once."""
+    known, attention = _SUPPORTS.setdefault(net, {}), attention_of(net)
+    if attention not in known:
+        with plainly(net):
+            known[attention] = _packs(net)
+        if not known[attention]:
+            warnings.warn(
+                f"{type(net).__name__} does not give the same logits with options packed "
+                "behind one question; each has a row of its own, which is correct but slower.",
+                stacklevel=2,
+            )
+    return known[attention]
 
 
 def _packs(net: nn.Module) -> bool:

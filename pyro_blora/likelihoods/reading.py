@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.network.adapter import layer_hook_of
-from pyro_blora.network.shortcuts import is_observed
+from pyro_blora.network.probes import is_observed
 from pyro_blora.network.targets import head_of, is_classifier, without_peft
 
 

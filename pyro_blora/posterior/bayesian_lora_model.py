@@ -34,7 +34,7 @@ from pyro_blora.network.adapter import (
     updates_kept_for_backward,
 )
 from pyro_blora.network.pretrained import choose_precision
-from pyro_blora.network.shortcuts import keeps_rows
+from pyro_blora.network.probes import keeps_rows
 from pyro_blora.network.targets import LayerGroup, by_group
 
 # Pyro's handlers and its store belong to the process, so only one thread may run a model or a guide
@@ -202,11 +202,6 @@ class BayesianLoRAModel(PyroModule):
             B, A = (f.to(group.device, torch.get_default_dtype()) for f in (B, A))
             with torch.no_grad():
                 self._starts |= getattr(self, group.name).start_at(B, A)
-
-    def skippable_blocks(self) -> list[nn.Module]:
-        """The frozen blocks that can be skipped when the same examples run again."""
-        trained = self.trained_heads.names
-        return self.likelihood.shortcuts.skippable_blocks(self.net, self.layer_names, trained)
 
     def attach(self) -> None:
         """Puts the hooks on the network's layers, unless another adapter has hooks there."""

@@ -20,7 +20,6 @@ from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.methods import Method
 from pyro_blora.models import LowRankUpdate
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.network.shortcuts import FrozenPrefix
 from pyro_blora.posterior.bayesian_lora_model import (
     LOCK,
     BayesianLoRAModel,
@@ -247,22 +246,16 @@ class Posterior:
         read_store(model)
         if max_rows is None:
             max_rows = rows_of_a_pass(model, batch)
-        shows = batch.get("output_hidden_states") or batch.get("output_attentions")
-        plain = num_samples < 2 or shows or torch.is_grad_enabled()
-        blocks = [] if plain else model.skippable_blocks()
-        prefix = FrozenPrefix(blocks, model.likelihood.shortcuts)
         most = max(1, min(num_samples, max_rows // examples))
         most = most if most == 1 or model.keeps_rows else 1
         done = 0
         with ensembles_from_start(guide):  # so that a seed fixes the prediction
             while done < max(1, num_samples):
-                # the first pass has one draw, because it records the output of the frozen blocks
-                first = blocks and not done
-                draws = 1 if first or not num_samples else min(most, num_samples - done)
+                draws = min(most, max(1, num_samples) - done)
                 # per pass, because the caller has its own mode between them
                 with LOCK, in_mode(model.net, training=False):
                     updates = draw(draws) if num_samples else self.mean()
-                    with prefix.copies(draws), model.applied(updates) as net:
+                    with model.applied(updates) as net:
                         logits = model.likelihood.logits(net, repeat_batch(batch, draws))
                         logits = in_single_precision(logits)
                 yield logits.unflatten(0, (draws, examples))
