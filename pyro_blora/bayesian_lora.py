@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from pyro_blora.checkpoints import checkpoint, peft
-from pyro_blora.data.batches import batches_of, over_dataset, predict_dataset, shown
+from pyro_blora.data.batches import batches_of, in_order, over_dataset, predict_dataset, shown
 from pyro_blora.data.reading import reading
 from pyro_blora.debts import enter_through
 from pyro_blora.errors import BatchError, CheckpointError, ConfigurationError, check_kind
@@ -413,7 +413,7 @@ class BayesianLoRA(PyroModule):
         options: dict[str, Any] = {"precision": "float32", "progress": False}
         rows = collate.rows_of(texts)
         parts, _, back = over_dataset(scored, rows, collate, self.device, **options)
-        return torch.cat(parts, 1)[:, back]
+        return in_order(torch.cat(parts, 1), back, 1)
 
     @one_at_a_time
     @torch.no_grad()
@@ -448,7 +448,7 @@ class BayesianLoRA(PyroModule):
 
         log_probs, counts, back = over_dataset(scored, data, collate, self.device, **options)
         assert counts is not None
-        return torch.cat(log_probs)[back], counts
+        return in_order(torch.cat(log_probs), back), counts
 
     @one_at_a_time
     def generate(
@@ -591,7 +591,12 @@ class BayesianLoRA(PyroModule):
         return self.model.groups[0].device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's output under the posterior mean."""
+        """The network's output under the posterior mean, which has no gradient for the adapter."""
+        if self.training and torch.is_grad_enabled() and kwargs.get("labels") is not None:
+            raise ConfigurationError(
+                "The network under the posterior mean cannot be trained by its loss; call fit, use "
+                "BayesianLoRATrainer or Pyro's SVI, or run blora.eval() if this is no training."
+            )
         with self.posterior() as net:
             return net(*args, **kwargs)
 

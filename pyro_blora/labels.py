@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from pyro_blora.errors import DataError
 
 _LETTERS = (*"ABCDEFGH", *"abcdefgh")  # of options
@@ -137,6 +139,11 @@ class Rows(tuple[Any, ...]):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}{self.features or ''}"
+
+
+def has_places(data: Any) -> bool:
+    """Whether data have a length, and rows by their places, as streams have not."""
+    return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 def is_subset(rows: Any) -> bool:

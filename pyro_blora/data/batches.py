@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -47,7 +48,9 @@ def collator(data: Sequence[Any] | DataLoader[Any], collate: Collate | None) -> 
 def size_of(data: Any) -> int | None:
     """The number of examples that training reads from data or a ``DataLoader``, if it is known."""
     if not isinstance(data, DataLoader):
-        return len(data) if hasattr(data, "__len__") else None
+        with suppress(TypeError):  # as of a chain of streams
+            return len(data)
+        return None
     whole = size_of(data.dataset)
     if whole is None or (data.batch_size is None and data.batch_sampler is None):
         return None  # the data set makes the batches
@@ -207,7 +210,7 @@ def predict_dataset(
         **options,
     )
     whole = Prediction.cat(predictions)
-    return replace(whole, samples=whole.samples.cpu()[:, back]), labels
+    return replace(whole, samples=in_order(whole.samples.cpu(), back, 1)), labels
 
 
 def over_dataset(
@@ -244,4 +247,14 @@ def over_dataset(
     widths = {tensor.shape[1] for tensor in tensors if tensor.dim() == 2}
     if len(widths) > 1:
         tensors = [pad(each, (0, max(widths) - each.shape[1]), value=-100) for each in tensors]
-    return results, torch.cat(tensors)[back] if tensors else None, back
+    return results, in_order(torch.cat(tensors), back) if tensors else None, back
+
+
+def in_order(values: Tensor, back: Any, dim: int = 0) -> Tensor:
+    """Values of all examples in the order of the data, by the index of :func:`over_dataset`."""
+    if isinstance(back, Tensor) and values.shape[dim] != len(back):
+        raise BatchError(
+            f"collate= must make one row of each example, got {values.shape[dim]} of {len(back)}; "
+            "pass a DataLoader, whose rows are kept as they are."
+        )
+    return values.index_select(dim, back) if isinstance(back, Tensor) else values

@@ -13,6 +13,7 @@ from pyro_blora.labels import (
     check_choices,
     check_rows,
     classes_of,
+    has_places,
     is_list,
     is_subset,
     name_of,
@@ -50,7 +51,7 @@ def read_table(data: Any) -> Any:
 
 def check_sized(rows: Any) -> None:
     """Refuses a stream of examples."""
-    if not hasattr(rows, "__len__"):
+    if not has_places(rows):
         raise DataError(
             f"Examples must have a length, got a {type(rows).__name__}; pass a DataLoader of them."
         )
@@ -60,7 +61,7 @@ def _read_file(path: Path) -> Any:
     if path.suffix not in FILES:
         raise DataError(f"A file of examples must be one of {', '.join(FILES)}, got {path}.")
     if path.suffix == ".jsonl":
-        return read_json_lines(path, only_items=False)
+        return [record for _, record in _records(path)]
     if not path.is_file():
         raise DataError(f"{path} must be a file, got none; check the name and the current folder.")
     try:
@@ -83,29 +84,35 @@ def _read_file(path: Path) -> Any:
     return table
 
 
-def read_json_lines(path: str | PathLike[str], *, only_items: bool = True) -> list[Any]:
-    """Reads the items of one split; other rows stay dictionaries unless ``only_items``.
+def read_json_lines(path: str | PathLike[str]) -> list[Item]:
+    """Reads the items of one split.
 
     Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list and
     ``id`` may be missing. Other keys and blank lines are ignored.
     """
-    path = Path(path)
+    path, items = Path(path), []
+    for number, record in _records(path):
+        try:
+            items.append(item_of(record, {"id": f"{path.stem}-{number}"}))
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
+    return items
+
+
+def _records(path: Path) -> list[tuple[int, Any]]:
+    """The objects in a file of JSON lines, each with the number of its line."""
     if not path.is_file():
         raise DataError(_missing(path))
-    items = []
+    records = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                record = json.loads(line)
-                columns = {"question", "choices", "label"}
-                if only_items or not isinstance(record, dict) or {*record} >= columns:
-                    record = item_of(record, {"id": f"{path.stem}-{number}"})
-                items.append(record)
-        except ValueError as error:  # invalid JSON, UTF-8 or item
+                records.append((number, dict(json.loads(line))))
+        except (TypeError, ValueError) as error:  # invalid JSON or UTF-8, or no object
             raise DataError(f"{path}, line {number}: {error}") from None
-    if not items:
+    if not records:
         raise DataError(f"{path} has no items: write one object per line, {FORMAT}")
-    return items
+    return records
 
 
 def splits_in(folder: Path) -> dict[str, Path]:

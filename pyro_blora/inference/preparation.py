@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.data.batches import size_of
@@ -15,6 +15,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import Laplace
 from pyro_blora.inference.learning_rates import rate_overrides
 from pyro_blora.inference.objective import Objective
+from pyro_blora.labels import has_places
 from pyro_blora.likelihoods import Collate
 from pyro_blora.posterior.guide import StructuredGuide, is_started, make_guide
 from pyro_blora.posterior.store import read_store
@@ -88,7 +89,7 @@ def _share(blora: BayesianLoRA, train: Any, share: float | None) -> float:
     """The share of the training examples to calibrate with: as passed, or the default."""
     if share is not None and not 0 <= share < 1:
         raise ConfigurationError(f"held_out must be a share in [0, 1), got {share}.")
-    sized = hasattr(train, "__len__") and not isinstance(train, DataLoader | IterableDataset)
+    sized = has_places(train) and not isinstance(train, DataLoader)
     method, likelihood = blora.method.held_out, blora.likelihood.held_out
     usual = likelihood if method is None else method
     if sized and blora.likelihood.has_temperature:

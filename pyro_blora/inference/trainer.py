@@ -56,7 +56,9 @@ class BayesianLoRATrainer(Trainer):
     Training minimizes :math:`-\frac{1}{B} \sum_b \log p(y_b \mid x_b, U_b) + \frac{1}{N}
     \mathrm{KL}[q \| p]` as :func:`~pyro_blora.inference.fit` does, and logs the two parts as
     ``nll`` and ``kl``. ``evaluate`` reports the negative log posterior predictive as ``eval_loss``;
-    ``predict`` and ``compute_metrics`` receive the log probability of each class.
+    ``predict`` and ``compute_metrics`` receive the log probability of each class, ``(n, ..., K)``,
+    and beside it the labels: of tags a row for each word, of several labels at once the log-odds of
+    each, ``(n, L)``, and of numbers their means. Of text there is the loss alone.
 
     A checkpoint holds the adapter as ``save_pretrained`` writes it, and the state of the
     ``Trainer``, but nothing of the base. It has no temperature, which is fitted after the last
@@ -222,6 +224,15 @@ class BayesianLoRATrainer(Trainer):
         finally:
             self.data_collator = before
 
+    def prediction_step(
+        self, model: Any, inputs: Any, *arguments: Any, **options: Any
+    ) -> tuple[Any, Any, Any]:
+        """The loss, the scores and the labels of a batch, such as those of words in their order."""
+        loss, scores, labels = super().prediction_step(model, inputs, *arguments, **options)
+        if labels is not None:
+            labels = self.blora.likelihood.labels(self.blora.model.prepared(inputs))
+        return loss, scores, labels
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, beside the loss, the means of ``nll`` and ``kl`` since the last call."""
         if "loss" in logs and self.model.figures:
@@ -307,17 +318,13 @@ class _Loss(nn.Module):
 
     @torch.no_grad()
     def _predictive(self, batch: Batch) -> dict[str, Tensor]:
-        likelihood = self.blora.likelihood
+        likelihood, posterior = self.blora.likelihood, self.blora.posterior
         samples = draws_of_evaluation(self.blora, self.num_samples)
-        if not likelihood.has_classes:
-            return {"loss": -self.blora.log_predictive(batch, samples).mean()}
-        draws = torch.cat([*self.blora.posterior.logits(batch, samples)])
-        logp = draws.log_softmax(-1).logsumexp(0) - math.log(len(draws))
-        labels = likelihood.labels(batch)
-        if labels is None:
-            return {"logits": logp}
-        likelihood.check_labels(labels, logp)
-        return {"loss": nn.functional.nll_loss(logp, labels), "logits": logp}
+        if not likelihood.predicts:  # and the logits of text take much memory
+            return {"loss": -posterior.log_predictive(batch, samples).mean()}
+        passes, labels = [*posterior.logits(batch, samples)], likelihood.labels(batch)
+        found = {} if labels is None else {"loss": -posterior.log_prob(labels, passes).mean()}
+        return {**found, "logits": likelihood.scores(torch.cat(passes))}
 
 
 def _ended(share: Callable[..., float], num_steps: int, last: int, step: int) -> float:

@@ -1,6 +1,7 @@
 """The base class of likelihoods."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -223,6 +224,12 @@ class Likelihood(Options, PyroModule):
             return Prediction(logits.softmax(-1))
         now = copy.copy(self)  # with the unit of the labels, which a training may change
         return Prediction(logits, partial(now.distribution, labels=None))
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What transformers' ``compute_metrics`` is given, from the logits ``(S, B, ...)``."""
+        if not self.is_categorical:
+            return self.predictive(logits).mean
+        return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
     def tempered(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """The logits at a temperature, which :meth:`BayesianLoRA.calibrate` fits to labels.

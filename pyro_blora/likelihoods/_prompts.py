@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import DataError
 from pyro_blora.items import QUESTION, Item, Template, item_of
-from pyro_blora.labels import parts_of
+from pyro_blora.labels import has_places, parts_of
 
 
 def items_in(rows: Any, labeled: bool = False) -> tuple[list[Item], bool]:
@@ -27,7 +27,7 @@ def choices_of(rows: Any) -> list[str]:
     """The choices of the items in the data set of a loader, which must be the same, or none."""
     found: dict[tuple[str, ...], None] = {}
     for part in parts_of(rows):
-        is_sized = hasattr(part, "__len__") and hasattr(part, "__getitem__")
+        is_sized = has_places(part) and hasattr(part, "__getitem__")
         read = (
             part if isinstance(part, list | tuple) else [part[0]] if is_sized and len(part) else ()
         )

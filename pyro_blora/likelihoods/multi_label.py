@@ -128,6 +128,11 @@ class MultiLabel(SequenceClassification):
         """Independent labels; those of an example are one event."""
         return pyro.distributions.Categorical(logits=logits).to_event(1)
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """The log-odds of each label, ``(B, L)``, as the network itself gives them."""
+        no, yes = super().scores(logits).unbind(-1)
+        return yes - no
+
     def metrics(self, prediction: Prediction, labels: Tensor) -> Metrics:
         """The NLL of all labels of an example, and means over labels of ECE, F1 and AUROC.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
-from pyro_blora.labels import FINITE, checked_labels
+from pyro_blora.labels import FINITE, checked_labels, has_places
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import NumberCollator, is_from
 from pyro_blora.likelihoods.reading import head_logits
@@ -90,7 +90,7 @@ class Regression(Likelihood):
         """Takes the unit of the labels, unless it is known or a trained head has it."""
         if self.loc is not None and self.scale is not None:
             return
-        first = rows[0] if hasattr(rows, "__len__") and len(rows) else None
+        first = rows[0] if has_places(rows) and len(rows) else None
         label = first.get("label", first.get("labels")) if isinstance(first, Mapping) else None
         if label is None or getattr(label, "ndim", 0) > 0:  # none, or those of a whole batch
             raise DataError(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -171,15 +172,27 @@ def heads_to_train(
             )
         return [head for head in heads if head not in adapted]
     heads = [name for name, _ in net.named_modules() if name and matches(name, modules_to_save)]
-    taken = (*targets, *filter(None, [body_of(net)]))
+    after, body = _after_blocks(net), body_of(net)
     for name in modules_to_save:
         chosen = [head for head in heads if matches(head, [name])]
-        if not chosen or any(_within(h, t) or _within(t, h) for h in chosen for t in taken):
+        held = [h for h in chosen if not any(_within(h, part) for part in after)]
+        pairs = [*product(chosen, targets), *product(held, filter(None, [body]))]
+        if not chosen or any(_within(h, t) or _within(t, h) for h, t in pairs):
             raise ConfigurationError(
-                f"modules_to_save must name heads among {head_names(net)} that target_modules does "
-                f"not adapt, got {name!r}; leave it out."
+                f"modules_to_save must name heads among {[*head_names(net), *after]} that "
+                f"target_modules does not adapt, got {name!r}; leave it out."
             )
     return [h for h in heads if not any(h != other and _within(h, other) for other in heads)]
+
+
+def _after_blocks(net: nn.Module) -> list[str]:
+    """The parts of a body after its blocks, such as a pooler that is new, as a head is."""
+    body = body_of(net)
+    parts = [] if body is None else [*net.get_submodule(body).named_children()]
+    deep = [any(isinstance(m, nn.ModuleList) for m in part.modules()) for _, part in parts]
+    while True in deep:
+        parts, deep = parts[1:], deep[1:]
+    return [f"{body}.{name}" for name, part in parts if [*part.parameters()]]
 
 
 def _within(name: str, module: str) -> bool:

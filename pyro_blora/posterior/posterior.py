@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -215,12 +215,16 @@ class Posterior:
         self, batch: Batch, num_samples: int | None = None, **options: Any
     ) -> Tensor:
         """``log 1/S sum_s p(labels | U_s)`` of each example in nats, ``(B,)``."""
-        batch, likelihood = self.model.prepared(batch), self.model.likelihood
-        labels = likelihood.labels(batch)
+        batch = self.model.prepared(batch)
+        labels = self.model.likelihood.labels(batch)
         if labels is None:
             raise BatchError("A batch must have labels for a log predictive, got none; add them.")
-        parts = []
-        for logits in self.logits(batch, num_samples, **options):
+        return self.log_prob(labels, self.logits(batch, num_samples, **options))
+
+    def log_prob(self, labels: Tensor, passes: Iterable[Tensor]) -> Tensor:
+        """The log predictive of labels by the logits of draws, ``(S, B, ...)``, pass by pass."""
+        likelihood, parts = self.model.likelihood, []
+        for logits in passes:
             observed = labels.expand(len(logits), *labels.shape)
             likelihood.check_labels(observed, logits)
             parts.append(likelihood.distribution(logits, observed).log_prob(observed))

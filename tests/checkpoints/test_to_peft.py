@@ -172,6 +172,25 @@ def test_a_part_of_a_head_is_exported_with_what_peft_saves_beside_it(name, part,
     torch.testing.assert_close(logits(blora.merge_and_unload()), expected, atol=1e-5, rtol=0)
 
 
+def test_a_pooler_that_is_new_is_trained_and_exported(tmp_path):
+    """A base that was loaded without one has another in each process."""
+    net = tiny.bert(vocab_size=32)
+    blora = moved(copy.deepcopy(net), modules_to_save=["pooler", "classifier"])
+    assert not torch.equal(
+        blora.model.trained_heads.bert_pooler_dense_weight, net.bert.pooler.dense.weight
+    )
+    expected = mean_logits(blora)
+    blora.export_peft(tmp_path)
+    torch.nn.init.normal_(net.bert.pooler.dense.weight)
+    read = BayesianLoRA.from_peft(net, tmp_path)
+    torch.testing.assert_close(mean_logits(read), expected, atol=1e-5, rtol=0)
+    loaded = peft.PeftModel.from_pretrained(read.unwrap(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
+    for name in ("embeddings", "encoder", "layer.1.output"):
+        with pytest.raises(ConfigurationError, match=r"heads among .* 'bert\.pooler'"):
+            moved(tiny.bert(), modules_to_save=[name])
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_cannot_be_merged_stays_adapted(whole, tmp_path):
     net = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["v_proj"]))

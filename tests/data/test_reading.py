@@ -21,7 +21,7 @@ from classifiers import (
     labels_of,
     relabeled,
 )
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
@@ -230,6 +230,31 @@ def test_a_second_text_is_a_text_or_nothing(small):
     for pair in (8, True, 4.5):
         with pytest.raises(DataError, match=f"'text_pair' must hold a text, got {pair!r} in row 2"):
             fit(blora, [*rows, {"text": "a", "text_pair": pair, "label": 0}], num_steps=1)
+
+
+class Streamed(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class Sized(Streamed):
+    def __len__(self):
+        return len(self.rows)
+
+
+def test_streams_with_a_length_and_chains_of_streams_are_read_as_streams(small):
+    collate = ClassificationCollator(small, NAMES)
+    for data in (Sized(ROWS), Streamed(ROWS[:5]) + Streamed(ROWS[5:])):
+        blora = adapter(small)
+        blora.likelihood.num_data = len(ROWS)
+        loader = DataLoader(data, 4, collate_fn=collate)
+        fit(blora, loader, num_steps=1, progress=False)
+        assert len(blora.predict_dataset(loader, None, 0)[1]) == len(ROWS)
+        with pytest.raises(DataError, match="pass a DataLoader"):
+            fit(blora, data, num_steps=1)
 
 
 def test_a_hidden_column_stays_hidden(small):

@@ -60,6 +60,17 @@ def test_a_file_is_read_row_by_row_and_its_name_is_no_pattern(tmp_path):
         assert read_table(tmp_path / "a.jsonl") == rows
 
 
+def test_columns_of_an_item_beside_others_are_the_same_in_every_file(tmp_path, small):
+    """A classifier reads the text, and not the question that is in each row."""
+    about = {"question": "is it", "choices": list(WORDS)}
+    rows = [{**row, **about} for row in NUMBERED]
+    for name, text in (("a.json", json.dumps(rows)), ("a.jsonl", "\n".join(map(json.dumps, rows)))):
+        (tmp_path / name).write_text(text)
+        read, collate = small().reading(tmp_path / name)
+        assert list(read) == rows
+        assert tiny.equal(collate(list(read)), small().reading(NUMBERED)[1](NUMBERED))
+
+
 def test_every_form_of_a_table_is_the_same_task_and_the_same_batches(tmp_path, small, wrapped):
     expected, texts = load_task(ROWS), [row["text"] for row in ROWS]
     assert {item.choices for item in expected.train} == {WORDS}

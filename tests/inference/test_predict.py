@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pyro_blora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.guides import Ensemble, Laplace, MeanField
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
@@ -151,6 +152,29 @@ def test_all_examples_are_predicted_in_the_order_of_the_data(size):
     scores, counts = blora.log_predictive_dataset(data, **options)
     assert counts.tolist() == [1] * 22
     torch.testing.assert_close(scores, found.probs[range(22), labels].log(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_collator_that_makes_windows_of_its_rows_is_for_loaders():
+    """Of rows each has a place, to which no window would belong."""
+    blora, rows = tiny.adapted(), tiny.examples(12)
+
+    def windows(part):
+        return tiny.collate([row for row in part for _ in range(1 + row["index"] % 2)])
+
+    for call in (blora.predict_dataset, blora.log_predictive_dataset, blora.evaluate):
+        with pytest.raises(BatchError, match=r"one row of each example, got 18 of 12; pass a Data"):
+            call(rows, windows, 0)
+    loader = DataLoader(rows, 4, collate_fn=windows)
+    assert len(blora.predict_dataset(loader, None, 0)[1]) == 18
+
+
+def test_the_mean_has_no_gradient_and_says_so():
+    blora, batch = BayesianLoRA(tiny.bert()), tiny.sequences()
+    with pytest.raises(ConfigurationError, match="call fit, use BayesianLoRATrainer"):
+        blora.train()(**batch)
+    with torch.no_grad():
+        assert torch.isfinite(blora(**batch).loss)
+    assert torch.isfinite(blora.eval()(**batch).loss)
 
 
 def test_examples_without_labels_are_predicted_without_labels():

@@ -13,7 +13,13 @@ from torch.utils.data import default_collate
 from pyro_blora import BayesianLoRA, guides
 from pyro_blora.errors import DataError
 from pyro_blora.inference import RATES
-from pyro_blora.likelihoods import CausalLM, Ordinal
+from pyro_blora.likelihoods import (
+    CausalLM,
+    MultiLabel,
+    Ordinal,
+    Regression,
+    TokenClassification,
+)
 
 ROWS = tiny.examples(12)
 
@@ -107,6 +113,50 @@ def test_free_text(tmp_path):
     run.train()
     expected = -float(blora.log_predictive(texts, 0).mean())
     assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+WORDS, TAGS = ("a", "warm", "film"), (1, 0, 2)
+TAGGED = [{"tokens": WORDS[: 2 + k % 2], "tags": TAGS[: 2 + k % 2]} for k in range(6)]
+SEVERAL = [{"text": "a film"[k:], "label": [k % 2, 1, 0]} for k in range(4)]
+NUMBERS = [{"text": "a film"[k:], "label": float(k)} for k in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "likelihood", "net"),
+    [
+        (TAGGED, TokenClassification, {"task": "TokenClassification"}),
+        (SEVERAL, MultiLabel, {"problem_type": "multi_label_classification"}),
+        (NUMBERS, Regression, {"num_labels": 1}),
+    ],
+)
+def test_metrics_are_computed_of_what_is_predicted(rows, likelihood, net, tmp_path):
+    tokenizer = build_tokenizer(["a warm film"], bos="<s>", pad="<pad>")
+    seen = []
+
+    def compute_metrics(found):
+        seen.append((torch.tensor(found.predictions), torch.tensor(found.label_ids)))
+        return {}
+
+    blora = BayesianLoRA(
+        tiny.bert(vocab_size=len(tokenizer), **net), likelihood=likelihood(), tokenizer=tokenizer
+    )
+    options = {"data_collator": None, "per_device_eval_batch_size": 2, "eval_samples": 0}
+    run = trainer(
+        tmp_path, blora, rows=rows, eval_dataset=rows, compute_metrics=compute_metrics, **options
+    )
+    run.train()
+    loss = run.evaluate()["eval_loss"]
+    prediction, labels = blora.predict_dataset(rows, None, 0, progress=False)
+    expected = prediction.mean
+    if likelihood is not Regression:
+        several = likelihood is MultiLabel
+        expected = expected.logit()[..., -1] if several else expected.log()
+    found, truth = seen[-1]
+    assert torch.equal(truth, labels)
+    real = labels >= 0
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+    log_probs, _ = blora.log_predictive_dataset(rows, None, 0, progress=False)
+    assert loss == pytest.approx(-float(log_probs.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("replaced", [False, True])
