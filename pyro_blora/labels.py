@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from torch.utils.data import IterableDataset
-
 from pyro_blora.errors import DataError
 
 _LETTERS = (*"ABCDEFGH", *"abcdefgh")  # of options
@@ -143,6 +141,8 @@ class Rows(tuple[Any, ...]):
 
 def has_places(data: Any) -> bool:
     """Whether data have a length, and rows by their places, as streams have not."""
+    from torch.utils.data import IterableDataset  # not at the top, as the commands' help waits
+
     return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
