@@ -1,4 +1,4 @@
-"""Plots of reliability, and of uncertainty out of distribution."""
+"""Reliability diagrams."""
 
 import io
 import os
@@ -13,8 +13,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from pyro_blora.checkpoints.files import write_file
-from pyro_blora.prediction import Prediction
-from pyro_blora.scores import auroc, confidence_bins, evaluate
+from pyro_blora.scores import confidence_bins, evaluate
 
 _INK = "#333333"
 _LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
@@ -22,10 +21,6 @@ _ACCURACY: dict[str, Any] = {"color": "#2f5f94"}
 _CONFIDENCE: dict[str, Any] = {"color": "#d9484a", "linewidth": 1.3, "linestyle": (0, (3, 2))}
 _OVER: dict[str, Any] = {"facecolor": "#fbdedd", "edgecolor": "#d9484a", "hatch": "/////"}
 _UNDER: dict[str, Any] = {"facecolor": "#d9efe1", "edgecolor": "#3a8f5c", "hatch": "/////"}
-_SETS: tuple[dict[str, Any], ...] = (  # in and out of distribution
-    {"facecolor": "#a9c1dc99", "edgecolor": "#2f5f94", "linewidth": 1.4},
-    {"facecolor": "#f3b3b299", "edgecolor": "#d9484a", "linewidth": 1.4},
-)
 
 
 def reliability_diagram(
@@ -64,36 +59,6 @@ def reliability_diagram(
     ]
     narrow = {"columnspacing": 1.6, "handlelength": 1.6}
     figure.legend(handles=handles, ncols=2 if count == 1 else 4, **narrow, **_LEGEND)
-    return figure
-
-
-def ood_diagram(inside: Prediction, outside: Prediction, names: tuple[str, str]) -> Figure:
-    """Draws histograms of the uncertainty of items in and out of distribution.
-
-    The two panels are entropy and mutual information, in nats. Above each is the probability that
-    an item out of distribution has the higher one (AUROC; 50 % is chance). ``names`` are those of
-    the two data sets in the legend.
-    """
-    figure = _Shown(figsize=(7.4, 3.4), dpi=150, layout="constrained")
-    columns = figure.subplots(1, 2)
-    for ax, name in zip(columns, ("entropy", "mutual_information"), strict=True):
-        sets = [getattr(p, name).double().cpu() for p in (inside, outside)]
-        score = auroc(*sets)
-        low, high = (float(end) for end in torch.cat(sets).aminmax())
-        high = max(high, low + 1e-6)
-        edges = torch.linspace(low, high, 21, dtype=torch.float64).tolist()
-        for kind in ("stepfilled", "step"):  # outlines on top of both faces
-            for values, look in zip(sets, _SETS, strict=True):
-                weights = [1 / len(values)] * len(values)
-                ax.hist(values.tolist(), edges, weights=weights, histtype=kind, **look)
-        _style(ax, f"{name.replace('_', ' ').capitalize()} (nats)")
-        ax.set_xlim(low, high)
-        ax.locator_params(axis="x", nbins=5)
-        ax.set_title(f"AUROC {100 * score:.1f} %", fontsize=9, color=_INK)
-    columns[0].set_ylabel("Share of the items", fontsize=9, color=_INK)
-    looks = zip(names, (inside, outside), _SETS, strict=True)
-    handles = [Patch(label=f"{name} ({len(p)} items)", **look) for name, p, look in looks]
-    figure.legend(handles=handles, ncols=2, **_LEGEND)
     return figure
 
 

@@ -9,7 +9,6 @@ from pyro_blora import compare
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation import comparison
 from pyro_blora.evaluation.metrics import doubts, out_of_scope, rank, threshold_for
-from pyro_blora.evaluation.plots import ood_diagram
 
 SCORES = {"MultiLabel": "nll ece f1 auroc n", "Regression": "nll rmse coverage crps n"}
 # of several labels, of a number, or of none
@@ -75,8 +74,6 @@ def test_thresholds_ranks_and_plots(kind, blora, data):
     else:
         with pytest.raises(ConfigurationError, match="out_of_scope must have one label"):
             out_of_scope(prediction, prediction, by=by)
-    if kind not in OTHERS:
-        assert len(ood_diagram(prediction, prediction, ("a", "b")).axes) == 2
 
 
 def test_calibrate_and_distill(kind, blora, data):
