@@ -34,13 +34,7 @@ from pyro_blora.models import UpdateModel
 from pyro_blora.network.adapter import Frozen, heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
-from pyro_blora.posterior.guide import (
-    GuideFactory,
-    analytic_kl,
-    described,
-    draws_apart,
-    make_guide,
-)
+from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, draws_apart, make_guide
 from pyro_blora.posterior.posterior import Posterior, Samples
 from pyro_blora.posterior.store import OwnTensors
 from pyro_blora.posterior.temperature import calibrate, distill

@@ -223,12 +223,11 @@ def over_dataset(
     precision: str = "auto",
     progress: bool | None = None,
     description: str = "predict",
-) -> tuple[list[T], Tensor | None, Any]:
+) -> tuple[list[T], Tensor | None, Tensor | None]:
     """Results of ``of_batch`` by batch, its tensors in the data's order, and the index for that."""
     check_count("batch_size", batch_size)
     autocast = choose_precision(precision, device) == "bfloat16"
-    order, total = None, None
-    back: Any = slice(None)
+    order, total, back = None, None, None
     if not isinstance(data, DataLoader):
         check_sized(data)
         order = by_length(data)
@@ -250,11 +249,13 @@ def over_dataset(
     return results, in_order(torch.cat(tensors), back) if tensors else None, back
 
 
-def in_order(values: Tensor, back: Any, dim: int = 0) -> Tensor:
+def in_order(values: Tensor, back: Tensor | None, dim: int = 0) -> Tensor:
     """Values of all examples in the order of the data, by the index of :func:`over_dataset`."""
-    if isinstance(back, Tensor) and values.shape[dim] != len(back):
+    if back is None:  # the order of a loader
+        return values
+    if values.shape[dim] != len(back):
         raise BatchError(
             f"collate= must make one row of each example, got {values.shape[dim]} of {len(back)}; "
             "pass a DataLoader, whose rows are kept as they are."
         )
-    return values.index_select(dim, back) if isinstance(back, Tensor) else values
+    return values.index_select(dim, back)

@@ -99,7 +99,7 @@ def read_json_lines(path: str | PathLike[str]) -> list[Item]:
     return items
 
 
-def _records(path: Path) -> list[tuple[int, Any]]:
+def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The objects in a file of JSON lines, each with the number of its line."""
     if not path.is_file():
         raise DataError(_missing(path))
@@ -107,8 +107,11 @@ def _records(path: Path) -> list[tuple[int, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             if line.strip():
-                records.append((number, dict(json.loads(line))))
-        except (TypeError, ValueError) as error:  # invalid JSON or UTF-8, or no object
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise DataError(f"a line must be a JSON object, got {record!r:.80}")
+                records.append((number, record))
+        except ValueError as error:  # invalid JSON or UTF-8, or no object
             raise DataError(f"{path}, line {number}: {error}") from None
     if not records:
         raise DataError(f"{path} has no items: write one object per line, {FORMAT}")

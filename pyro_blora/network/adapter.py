@@ -187,12 +187,14 @@ def heads_to_train(
 
 def _after_blocks(net: nn.Module) -> list[str]:
     """The parts of a body after its blocks, such as a pooler that is new, as a head is."""
-    body = body_of(net)
-    parts = [] if body is None else [*net.get_submodule(body).named_children()]
-    deep = [any(isinstance(m, nn.ModuleList) for m in part.modules()) for _, part in parts]
-    while True in deep:
-        parts, deep = parts[1:], deep[1:]
-    return [f"{body}.{name}" for name, part in parts if [*part.parameters()]]
+    after, behind = list[str](), False
+    if (body := body_of(net)) is not None:
+        for name, part in net.get_submodule(body).named_children():
+            if any(isinstance(module, nn.ModuleList) for module in part.modules()):
+                after, behind = [], True
+            elif behind and any(True for _ in part.parameters()):
+                after.append(f"{body}.{name}")
+    return after
 
 
 def _within(name: str, module: str) -> bool:

@@ -250,12 +250,12 @@ class Posterior:
         read_store(model)
         if max_rows is None:
             max_rows = rows_of_a_pass(model, batch)
-        most = max(1, min(num_samples, max_rows // examples))
+        total = max(1, num_samples)
+        most = max(1, min(total, max_rows // examples))
         most = most if most == 1 or model.keeps_rows else 1
-        done = 0
         with ensembles_from_start(guide):  # so that a seed fixes the prediction
-            while done < max(1, num_samples):
-                draws = min(most, max(1, num_samples) - done)
+            for done in range(0, total, most):
+                draws = min(most, total - done)
                 # per pass, because the caller has its own mode between them
                 with LOCK, in_mode(model.net, training=False):
                     updates = draw(draws) if num_samples else self.mean()
@@ -263,7 +263,6 @@ class Posterior:
                         logits = model.likelihood.logits(net, repeat_batch(batch, draws))
                         logits = in_single_precision(logits)
                 yield logits.unflatten(0, (draws, examples))
-                done += draws
 
     def _updates_at(self, values: Mapping[str, Tensor], size: int) -> dict[str, LowRankUpdate]:
         with self._plate(size):

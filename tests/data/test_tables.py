@@ -54,6 +54,10 @@ def test_a_file_is_read_row_by_row_and_its_name_is_no_pattern(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\nGood, a film,0\nDull, a film,1\n")
     with pytest.raises(DataError, match="a name for each column"):
         read_table(tmp_path / "a.csv")
+    for line in ("[]", "null", '[["text", 1]]'):
+        (tmp_path / "a.jsonl").write_text(line)
+        with pytest.raises(DataError, match=r"a\.jsonl, line 1: a line must be a JSON object"):
+            read_table(tmp_path / "a.jsonl")
     lines = [{"question": "a ?", "answer": "b"}], [{"question": "is it", "choices": ["yes", "no"]}]
     for rows in lines:
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))

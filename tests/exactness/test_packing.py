@@ -73,7 +73,7 @@ def test_a_network_that_ignores_the_mask_does_not_pack():
         return forward(input_ids, **kwargs)
 
     net.forward = without_mask
-    with pytest.warns(UserWarning, match="options packed behind"):
+    with pytest.warns(UserWarning, match="options packed behind one question"):
         assert not supports_packing(net)
 
 
