@@ -149,7 +149,8 @@ class SiteGuide(Options, PyroModule):
 
     Args:
         init_scale: standard deviation of q at the start, in units of the prior's. 1 starts at the
-            prior itself, where KL[q || p] = 0; a small value starts near a plain LoRA.
+            prior itself, where KL[q || p] = 0, if no site's prior depends on another site; a small
+            value starts near a plain LoRA.
 
     Example::
 

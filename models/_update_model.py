@@ -174,10 +174,14 @@ class UpdateModel(Options, PyroModule):
         return self.group.d_in**-0.5 * uniform.to(self.group.device)
 
     def normal(self, *event_shape: int, scale: Tensor | float = 1.0) -> pyro.distributions.Normal:
-        """Independent normals of mean zero and the given scale, as one event."""
+        """Independent normals of mean zero, as one event; ``scale`` broadcasts against it.
+
+        A scale of a site is indexed from the right, ``scale=tau[..., None, None]`` for matrices.
+        """
         scale = torch.as_tensor(scale, device=self.group.device)
         base = pyro.distributions.Normal(torch.zeros_like(scale), scale)
-        return base.expand(event_shape).to_event(len(event_shape))
+        shape = torch.broadcast_shapes(scale.shape, event_shape)
+        return base.expand(shape).to_event(len(event_shape))
 
     def sample_core(self, core: Core, shape: tuple[int, ...]) -> Tensor:
         r"""Samples a core of shape ``(m_r, m_c)`` for each layer, within the plate.

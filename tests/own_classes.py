@@ -42,6 +42,17 @@ class Scaled(Plain):
         return LowRankUpdate(A=A + self.A, B=tau[..., None, None] * B)
 
 
+class Centered(Plain):
+    """The scale, which the layers share, is in the density of B alone."""
+
+    def forward(self):
+        tau = pyro.sample(self.site("tau"), dist.HalfCauchy(torch.tensor(0.5)))
+        with self.plate():
+            normal = self.normal(self.group.d_out, self.rank, scale=tau[..., None, None])
+            B = pyro.sample(self.site("B"), normal)
+        return LowRankUpdate(A=self.A, B=B)
+
+
 class RandomScale(KroneckerInducing):
     no_start: ClassVar[str] = "its scales are random"
 

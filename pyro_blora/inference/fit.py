@@ -90,11 +90,11 @@ def fit(
         held_out: share of the examples to hold out from training; at its end the temperatures of
             predictions are fitted to them (:meth:`BayesianLoRA.calibrate
             <pyro_blora.BayesianLoRA.calibrate>`). :math:`N` is then the number of the others.
-            Nothing is held out of a ``DataLoader``, with a warning. Default: the likelihood's, an
-            eighth for options, preferences and numbers, whose scale is an unknown; 0 for others, a
-            published method, and after ``from_peft``. Examples are chosen by their texts, so that a
-            continued training holds out the same ones; pass 0.0 if an earlier one held out none of
-            them.
+            Nothing can be held out of a ``DataLoader``, so that a share is refused there. The
+            default is the likelihood's: an eighth for options, preferences and numbers, because
+            the scale of their scores is unknown, and 0 for other likelihoods, for a published
+            method and after ``from_peft``. Examples are chosen by their texts, so that a continued
+            training holds out the same ones; pass 0.0 if an earlier one held out none of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.
@@ -109,8 +109,8 @@ def fit(
         seed: seed of the order of the data and of torch's global generator; ``None`` seeds neither.
             It does not cover what the prior drew when the adapter was made.
         callback: called with a :class:`~pyro_blora.inference.Step` after each step and its
-            validation. Figures are then read, which waits for the device, in every step, not
-            every ten.
+            validation. With a callback every step waits for the device to read its figures, where
+            otherwise every tenth does.
         progress: whether to show a progress bar; by default on a terminal.
 
     Returns:
@@ -124,8 +124,9 @@ def fit(
         BatchError: a data set is empty, or a batch is larger than ``num_data``.
         ConfigurationError: an option is out of range or has no effect, or the number of examples
             is unknown.
-        DataError: a row or a column cannot be used. After every error before the last step the
-            adapter is put back to where it was; an interrupt leaves what was learned.
+        DataError: a row or a column cannot be used. After an error before the last step the
+            adapter is put back to where it was. An interrupt leaves what was learned, and so does
+            an error after the last step, unless a row of the data is to blame.
 
     Example::
 

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import numpy as np
 import pyro
 import torch
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import get_plates
 from pyro.poutine.util import prune_subsample_sites
@@ -151,17 +152,27 @@ class BayesianLoRAModel(PyroModule):
     def _traced(self) -> tuple[list[Site], int]:
         """Sites and nesting, traced lazily, after the adapter owns this module."""
         with torch.no_grad():
-            trace = pyro.poutine.trace(self.updates).get_trace()
+            trace = pyro.poutine.trace(InitMessenger(self._start)(self.updates)).get_trace()
         for group in self.groups:
             getattr(self, group.name).check_update(trace.nodes["_RETURN"]["value"][group.name])
         frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-        sites = []
-        for name in prune_subsample_sites(trace).stochastic_nodes:
-            node = trace.nodes[name]
-            plates = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
-            start = self._starts.get(name, node["infer"].get("start"))
-            sites.append(Site(name, node["fn"], plates, suggested=start))
+        names = prune_subsample_sites(trace).stochastic_nodes
+        sites = [self._site(trace.nodes[name]) for name in names]
         return sites, max([1, *(-f.dim for f in frames if f.vectorized)])
+
+    def _site(self, node: Mapping[str, Any]) -> Site:
+        plates = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+        start = self._starts.get(node["name"], node["infer"].get("start"))
+        return Site(node["name"], node["fn"], plates, suggested=start)
+
+    def _start(self, node: Mapping[str, Any]) -> Tensor:
+        """Where guides start, so that the prior of a site that depends on this one is no draw."""
+        drawn: Tensor = node["fn"]()
+        if node["fn"].support.is_discrete:  # which guides of one's own may enumerate
+            return drawn
+        site = self._site(node)
+        value: Tensor = site.transform(site.start()[0])
+        return value
 
     @cached_property
     def keeps_rows(self) -> bool:

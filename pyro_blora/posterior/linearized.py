@@ -59,7 +59,11 @@ def logit_jacobian(
         for c in range(1, logits.shape[-1]):
             total = (logits[:, c] - logits[:, 0]).sum()
             keep = c + 1 < logits.shape[-1]
-            rows.append(list(torch.autograd.grad(total, list(leaves.values()), retain_graph=keep)))
+            # a site may enter the density of another alone
+            slopes = torch.autograd.grad(
+                total, list(leaves.values()), retain_graph=keep, materialize_grads=True
+            )
+            rows.append(list(slopes))
     stacked = (torch.stack(site_rows, 1) for site_rows in zip(*rows, strict=True))
     return logits.detach(), {
         name: J.reshape(*J.shape[:2], *site.shape)

@@ -48,8 +48,9 @@ class Posterior:
     """q(U) of an adapter: its draws, its mean, and what the network predicts under them.
 
     Called, it is a context in which the network runs under draws of U, or under their mean for 0.
-    The rows of any batch are divided evenly among the ``num_samples`` draws. Conditional noise is
-    drawn anew at every call of a layer; the mean has none. Other threads wait.
+    The rows of any batch are divided evenly among the ``num_samples`` draws, whereas :meth:`logits`
+    runs every row under every draw. Conditional noise is drawn anew at every call of a layer; the
+    mean has none. Other threads wait.
 
     Example::
 
@@ -101,7 +102,7 @@ class Posterior:
             at_center = pyro.poutine.condition(model.updates, data=center)
             nodes = pyro.poutine.trace(at_center).get_trace().nodes
             center = {name: value for name, value in center.items() if name in nodes}
-            linear = {name: nodes[name] for name in center if _is_linear(name, nodes[name])}
+            linear = {name: nodes[name] for name in center if is_linear(nodes[name])}
             if len(linear) == len(center):
                 updates = nodes["_RETURN"]["value"].items()
                 return {name: update.without_noise() for name, update in updates}
@@ -291,7 +292,7 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
         )
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
     given = {name: torch.as_tensor(samples[name]) for name in priors}
-    count, values = len(given[next(iter(priors))]), {}
+    count, values = next(iter(given.values())).shape[:1].numel(), {}
     for name, prior in priors.items():
         value, shape = given[name], (count, *prior.shape())
         # Predictive's draws have a dimension of size 1 for each plate that a site is outside of
@@ -313,8 +314,9 @@ def _checked(model: BayesianLoRAModel, samples: Samples) -> dict[str, Tensor]:
     return values
 
 
-def _is_linear(name: str, node: dict[str, Any]) -> bool:
-    return Site(name, node["fn"], ()).is_real and not node["infer"].get("nonlinear")
+def is_linear(node: Mapping[str, Any]) -> bool:
+    """Whether the update is linear in a site of a trace: a real one that is not marked."""
+    return Site(node["name"], node["fn"], ()).is_real and not node["infer"].get("nonlinear")
 
 
 def rows_of_a_pass(model: BayesianLoRAModel, batch: Batch) -> int:

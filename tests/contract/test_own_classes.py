@@ -5,14 +5,16 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
-from own_classes import Plain, Scaled, Spread
+from own_classes import Centered, Plain, Scaled, Spread
 
 from pyro_blora.guides import Delta, Ensemble, MeanField, Site
+from pyro_blora.posterior.linearized import logit_jacobian
 from pyro_blora.testing import GuideContract, PriorContract
 from pyro_blora.updates import LowRankUpdate
 
 tiny.contract(globals(), PriorContract, "Plain", parts={"prior": Plain(), "guide": Spread()})
 tiny.contract(globals(), PriorContract, "Scaled", make=Scaled())
+tiny.contract(globals(), PriorContract, "Centered", make=Centered())
 scaled = {"prior": Scaled(), "guide": Spread()}
 tiny.contract(globals(), GuideContract, "Spread", make=Spread(), parts=scaled)
 
@@ -24,6 +26,23 @@ def test_kl_is_a_number_or_none():
     assert tiny.adapted(prior=Scaled(), guide=MeanField()).kl() is None
     for point in (Delta(), Ensemble()):
         assert tiny.adapted(guide=point).kl() is None
+
+
+def test_a_site_starts_where_the_scale_it_depends_on_does():
+    """The median of a half Cauchy is its scale; the normal's own is fixed, whatever was drawn."""
+    blora = tiny.adapted(prior=Centered(), guide=MeanField(init_scale=1.0))
+    families = blora.guide.families()
+    tau = families["q_proj.tau"].center()
+    assert tau.item() == pytest.approx(0.5, rel=0.1)
+    for name in ("q_proj.B", "v_proj.B"):
+        torch.testing.assert_close(families[name].scale, tau.expand_as(families[name].scale))
+
+
+def test_a_linearization_ignores_a_site_of_another_density():
+    blora, batch = tiny.adapted(prior=Centered(), guide=MeanField()), tiny.sequences()
+    drawn, linear = blora.predict(batch, 2000), blora.predict(batch, 2000, linearized=True)
+    torch.testing.assert_close(drawn.probs, linear.probs, atol=0.01, rtol=0)
+    assert not logit_jacobian(blora.model, blora.guide, batch)[1]["q_proj.tau"].any()
 
 
 class Own(Plain):

@@ -35,6 +35,14 @@ def changed(change):
     return broken(Plain, forward=forward)
 
 
+def in_both_factors(self):
+    """A scale whose square multiplies the update, of which the factors' means know nothing."""
+    with self.plate():
+        tau = pyro.sample(self.site("tau"), dist.HalfNormal(torch.ones(())))[..., None, None]
+        B = pyro.sample(self.site("B"), self.normal(self.group.d_out, self.rank))
+    return LowRankUpdate(A=tau * self.A, B=tau * (B + 1))
+
+
 def answering(change):
     return broken(LabelTokens, logits=lambda *args: change(LabelTokens.logits(*args)))
 
@@ -97,9 +105,10 @@ BROKEN = [
     (PriorContract, broken(Plain, setup=plain_tensor), "test_a_trained", "restore it.*PyroParam"),
     (PriorContract, broken(Plain, roles={}), "test_every_parameter", "must give .'A'. one of"),
     (PriorContract, broken(Plain, forward=outside_of_the_plate), "test_sites", "no plate has dim"),
-    (PriorContract, changed(lambda B: 0 * B), "test_the_mean", "ignores its sit"),
-    (PriorContract, changed(lambda B: 1 + B), "test_the_mean", "mean is not"),
-    (PriorContract, changed(lambda B: B + B.square()), "test_draws_av", "mark a site nonlinear"),
+    (PriorContract, changed(lambda B: 0 * B), "test_the_mean_u", "ignores its sit"),
+    (PriorContract, changed(lambda B: 1 + B), "test_the_mean_u", "mean is not"),
+    (PriorContract, broken(Plain, forward=in_both_factors), "test_the_mean_of", "in one factor"),
+    (PriorContract, changed(lambda B: B + 0.01 * B.square()), "test_the_mean_of", "mark it nonl"),
     (GuideContract, broken(Spread, setup=unmoved), "test_the_kl", "no parameters.*PyroParam"),
     (GuideContract, broken(Spread, forward=Spread.distribution), "test_draws_have", "excludes"),
     # These three pass all the other tests of the contract

@@ -304,7 +304,7 @@ def test_values_that_are_no_draws_are_refused():
     blora, batch = tiny.adapted(), tiny.sequences()
     s = values(blora)
     wrong = [{Q: s[Q][None]}, {Q: s[Q][..., :1]}, {V: s[V][:2]}, {Q: s[Q] * math.nan}]
-    wrong.append({Q: s[Q][:0], V: s[V][:0]})
+    wrong += [{Q: s[Q][:0], V: s[V][:0]}, {Q: 1.0, V: s[V]}]
     for samples in [{Q: s[Q]}, *(s | changed for changed in wrong)]:
         for ask in (blora.predict, blora.log_predictive):
             with pytest.raises(ConfigurationError):
