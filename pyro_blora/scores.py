@@ -41,11 +41,13 @@ class Metrics(dict[str, float]):
         raise AttributeError(f"The scores are {', '.join(self)}, got {name!r}.")
 
     def __str__(self) -> str:
-        shown = []
-        for name, (title, factor, form) in SHOWN.items():
-            if name in self:
-                shown.append(f"{title.removesuffix(' %')} {factor * self[name]:{form}}")
-        return "  ".join(shown)
+        others = {name: (name, 1, ".3f") for name in self if name not in SHOWN and name != "n"}
+        parts = (
+            f"{title.removesuffix(' %')} {factor * self[name]:{form}}"
+            for name, (title, factor, form) in {**SHOWN, **others}.items()
+            if name in self
+        )
+        return "  ".join(parts)
 
 
 def evaluate(probs: Tensor, labels: Tensor, *, num_bins: int = 15) -> Metrics:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
-from math import inf, isclose, prod
+from math import inf, isclose, isfinite, prod
 from typing import Any, ClassVar, cast
 
 import pyro
@@ -72,6 +72,27 @@ class _Contract:
         usual = {"prior": Hierarchical(rank=2), "guide": MeanField(), "likelihood": likelihood}
         return BayesianLoRA(net, **{**usual, **self.parts(), **parts})
 
+    def test_a_trained_adapter_survives_saving_and_loading(self) -> None:
+        """A new adapter scores labels the same after loading the state dict or the saved folder."""
+        batch, parts = self.batch(8), self.parts()
+        with pyro.settings.context(module_local_params=True), tempfile.TemporaryDirectory() as path:
+            blora = self.adapted(**parts)
+            for part in parts.values():
+                assert repr(part) in repr(blora), f"{part!r} is missing from {blora!r}."
+            _train(blora, batch, svi=False)
+            expected, state = blora.log_predictive(batch, 0), copy.deepcopy(blora.state_dict())
+            blora.save_pretrained(path)
+            fresh = self.adapted(blora.unwrap())
+            assert not torch.equal(fresh.log_predictive(batch, 0), expected)
+            fresh.load_state_dict(state)
+            loaded, again = (fresh.log_predictive(batch, 0) for _ in range(2))
+            read = BayesianLoRA.from_pretrained(fresh.unwrap(), path, **parts)
+        assert torch.equal(again, loaded), "Two means differ; make noise only by pyro.sample."
+        assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {_PARAMS}."
+        assert torch.equal(read.log_predictive(batch, 0), expected), (
+            f"from_pretrained changes it: {_PARAMS}."
+        )
+
 
 class PairContract(_Contract):
     """The tests that any prior passes with any guide family; override ``parts()``."""
@@ -118,6 +139,8 @@ class PairContract(_Contract):
 
     def test_every_parameter_is_a_pyro_param_with_a_role(self) -> None:
         """Otherwise a parameter store misses it, or ``fit`` does not know its learning rate."""
+        for part in self.parts().values():
+            assert not list(part.parameters()), f"{part!r} has parameters before setup()."
         for module in self.adapted().modules():
             names = {
                 n.removesuffix("_unconstrained") for n, _ in module.named_parameters("", False)
@@ -126,26 +149,6 @@ class PairContract(_Contract):
             assert names == known, f"{module!r}: make each of {names ^ known} a PyroParam."
             wrong = {name for name in names if module.roles.get(name) not in RATES}
             assert not wrong, f"{module!r}: roles must give {wrong} one of {list(RATES)}."
-
-    def test_a_trained_adapter_survives_saving_and_loading(self) -> None:
-        """A new adapter predicts the same after loading the state dict or the saved folder."""
-        batch, parts = self.batch(8), self.parts()
-        with pyro.settings.context(module_local_params=True), tempfile.TemporaryDirectory() as path:
-            blora = self.adapted(**parts)
-            for part in parts.values():
-                assert repr(part) in repr(blora), f"{part!r} is missing from {blora!r}."
-                assert not list(part.parameters()), f"{part!r} has parameters before setup()."
-            _train(blora, batch, svi=False)
-            expected, state = blora.predict(batch, 0).samples, copy.deepcopy(blora.state_dict())
-            blora.save_pretrained(path)
-            fresh = self.adapted(blora.unwrap())
-            assert not torch.equal(fresh.predict(batch, 0).samples, expected)
-            fresh.load_state_dict(state)
-            loaded, again = (fresh.predict(batch, 0).samples for _ in range(2))
-            read = BayesianLoRA.from_pretrained(fresh.unwrap(), path, **parts).predict(batch, 0)
-        assert torch.equal(again, loaded), "Two means differ; make noise only by pyro.sample."
-        assert torch.equal(loaded, expected), f"load_state_dict does not restore it: {_PARAMS}."
-        assert torch.equal(read.samples, expected), f"from_pretrained changes it: {_PARAMS}."
 
 
 class PriorContract(PairContract):
@@ -310,7 +313,7 @@ class LikelihoodContract(_Contract):
     """The tests of a likelihood; override ``make()``, with ``num_data=12``, and ``batch()``.
 
     For another network than a causal language model, also override ``net()``, and if labels are
-    not classes ``wrong``.
+    not classes ``wrong``, numbers each of which is put in all places of the first label.
     """
 
     noun = "likelihood"
@@ -354,7 +357,7 @@ class LikelihoodContract(_Contract):
         assert torch.allclose(padded, expected, atol=1e-5), f"{expected}, with padding {padded}."
 
     def test_a_prediction_outlives_a_training(self) -> None:
-        """What is learned enters a prediction through the logits, when it is made."""
+        """What is learned enters a prediction through the logits; its scores are finite."""
         blora, batch = self.adapted(), self.batch(4)
         if blora.likelihood.predicts:
             prediction = blora.predict(batch, 2)
@@ -364,6 +367,10 @@ class LikelihoodContract(_Contract):
             after = prediction.mean, prediction.stddev
             same = all(map(torch.equal, before, after))
             assert same, "distribution() reads parameters; pass them through logits()."
+            labels = blora.likelihood.labels(blora.model.prepared(batch))
+            assert labels is not None
+            scores = blora.likelihood.metrics(prediction, labels)
+            assert all(map(isfinite, scores.values())), f"metrics() must be finite, got {scores}."
 
     def test_each_parameter_has_a_role_and_a_gradient(self) -> None:
         """``roles`` names the learned parameters, all of which the labels' density depends on."""

@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from torch.distributions.transforms import AffineTransform
 
 from pyro_blora.likelihoods import LabelTokens
+from pyro_blora.scores import Metrics
 from pyro_blora.testing import GuideContract, LikelihoodContract, PriorContract
 from pyro_blora.updates import LowRankUpdate
 
@@ -101,6 +102,10 @@ def blind(self, net, batch):
     return LabelTokens.logits(self, net, {**batch, "attention_mask": mask})
 
 
+def no_number(self, prediction, labels):
+    return Metrics(nll=torch.nan)
+
+
 BROKEN = [
     (PriorContract, broken(Plain, setup=plain_tensor), "test_a_trained", "restore it.*PyroParam"),
     (PriorContract, broken(Plain, roles={}), "test_every_parameter", "must give .'A'. one of"),
@@ -116,6 +121,7 @@ BROKEN = [
     (GuideContract, drawing(dist.StudentT, wider, 4.0), "test_the_draws", "the integral of p"),
     (GuideContract, drawing(dist.Normal, detached), "test_the_draws", "a slope of zero in scale"),
     (LikelihoodContract, broken(LabelTokens, logits=blind), "test_padding", "with padding"),
+    (LikelihoodContract, broken(LabelTokens, metrics=no_number), "test_a_pred", "must be finite"),
     (LikelihoodContract, answering(lambda x: x.flip(0)), "test_each_row", "in pairs"),
     (LikelihoodContract, answering(lambda x: x.detach()), "test_each_row", "detach"),
 ]
