@@ -31,7 +31,7 @@ from pyro_blora.likelihoods import (
 )
 from pyro_blora.methods import Method, get_method
 from pyro_blora.models import UpdateModel
-from pyro_blora.network.adapter import Frozen, heads_to_train
+from pyro_blora.network.adapter import heads_to_train
 from pyro_blora.network.targets import find_targets, group_layers
 from pyro_blora.posterior.bayesian_lora_model import LOCK, BayesianLoRAModel, one_at_a_time
 from pyro_blora.posterior.guide import GuideFactory, analytic_kl, described, draws_apart, make_guide
@@ -132,7 +132,6 @@ class BayesianLoRA(PyroModule):
             self.model.start_at(start)
         self.guide = make_guide(family, self.model)
         self.model.attach()
-        self._frozen = Frozen(net)
         super().train(net.training)  # so that train(training) changes nothing
 
     @property
@@ -189,7 +188,6 @@ class BayesianLoRA(PyroModule):
         """Removes the hooks and returns the network exactly as it was."""
         if self.model.adapters:  # otherwise the network may belong to another adapter
             self.model.detach()
-            self._frozen.thaw()
         return self.net
 
     @property

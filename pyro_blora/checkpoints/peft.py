@@ -466,6 +466,7 @@ def _lora(
     """PEFT's configuration and tensors; a head's last layer is divided by the temperature."""
     from peft import LoraConfig
 
+    _check_layers(model)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for group in model.groups:
@@ -507,6 +508,27 @@ def _lora(
         inference_mode=True,
     )
     return config, {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
+def _check_layers(model: BayesianLoRAModel) -> None:
+    """Raises ConfigurationError if PEFT has no LoRA for a class of layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    kinds = {type(module): module for group in model.groups for module in group.modules}
+    for kind, module in kinds.items():
+        transposed = kind.__name__ == "Conv1D"
+        config = LoraConfig(r=1, target_modules=["layer"], fan_in_fan_out=transposed)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # PEFT repeats those that matter when the LoRA is loaded
+                inject_adapter_in_model(config, nn.ModuleDict({"layer": module}))
+        except ValueError as error:
+            raise ConfigurationError(
+                f"PEFT has no LoRA for a {kind.__name__}, so the adapter can be neither exported "
+                "nor merged; leave these layers out with exclude_modules, or use save_pretrained."
+            ) from error
 
 
 def _saved_whole(net: nn.Module, names: Sequence[str]) -> list[str]:

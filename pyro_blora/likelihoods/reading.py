@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from pyro_blora.errors import BatchError, ConfigurationError
 from pyro_blora.network.adapter import layer_hook_of
@@ -35,6 +36,13 @@ def check_causal(net: nn.Module) -> None:
     """Raises ConfigurationError if a network has a head that is not a causal language model's."""
     if head_of(net) is not None or is_classifier(net):
         output_head(net)
+    config = getattr(net, "config", None)
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and head_of(net) is not None
+    if masked and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
+        raise ConfigurationError(
+            f"{type(net).__name__} reads the tokens that it would be scored on; load it as a "
+            "causal language model with is_decoder=True, or use SequenceClassification."
+        )
 
 
 def in_single_precision(logits: Tensor) -> Tensor:

@@ -223,10 +223,13 @@ class SequenceClassification(Likelihood):
         if classes is None and (own or names or labels):
             classes = class_names(net, own or names or in_order(labels))
         elif classes == () and not are_numbers(labels):
-            classes = _names_of_numbers(net, next(iter(labels)))
-        elif classes == ():  # a number stays one
+            classes = self._names_of_numbers(net, next(iter(labels)))
+        elif classes == ():  # a number stays one, but a text is a name
+            known = logit_names(net)
             numbers = [*map(str, range(len(names)))] if self.trained_head else []
-            check_places(names, logit_names(net) or self.data_names or numbers)
+            check_places(names, known or self.data_names or numbers)
+            if are_numbers(known) and (names or any(isinstance(label, str) for label in labels)):
+                classes = known
         if classes:
             class_names(net, classes)  # refuses more than there are outputs
         count = len(classes or ()) or _num_labels(net)
@@ -259,8 +262,10 @@ class SequenceClassification(Likelihood):
         self._check_order(given, names, net)
         if training and given:
             self.classes = self.classes or given
+        elif training and names and self.classes is None and {*names} <= {*logit_names(net)}:
+            self.classes = logit_names(net)
         elif training and not _are_logits(names, net):
-            if self.classes is None and not logit_names(net):
+            if self.classes is None:
                 self.classes = tuple(names)
             elif self.classes == ():
                 self.data_names = self.data_names or tuple(names)
@@ -269,24 +274,27 @@ class SequenceClassification(Likelihood):
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""
         known = logit_names(net) if self.classes is None else self.classes
         if _are_logits(given, net) and not self.classes:
+            named = logit_names(net) if are_numbers(logit_names(net)) else ()
+            fixed = named or logit_names(net) or self.classes == () or self.by_numbers
+            numbers = map(str, range(max(map(int, given), default=-1) + 1))
+            check_places(given, named or tuple(numbers) if fixed else given)
             given = ()
         if not self.classes and None in [place_of(name, known) for name in given]:
-            known = tuple(given) if self.classes is None else _names_of_numbers(net, given[0])
+            known = tuple(given) if self.classes is None else self._names_of_numbers(net, given[0])
         check_places(given, known, unknown=True)
         if not self.classes and _are_logits(names, net) and not {*names} <= {*known}:
             known = tuple(map(str, range(len(names))))
         check_places(names, known or logit_names(net) or self.data_names, unknown=bool(known))
 
-
-def _names_of_numbers(net: nn.Module, name: Any) -> tuple[str, ...]:
-    """The names that a network has for a head that was trained on numbers; ``name`` is given."""
-    if names := logit_names(net):
-        return names
-    raise ConfigurationError(
-        "The classes of a head that was trained on numbers must have names before labels can be "
-        f"texts, got {name!r}; pass likelihood=SequenceClassification(classes=[...]), in the order "
-        "in which the head was trained."
-    )
+    def _names_of_numbers(self, net: nn.Module, name: Any) -> tuple[str, ...]:
+        """The network's names for a head that was trained on numbers; ``name`` is given."""
+        if names := logit_names(net):
+            return names
+        raise ConfigurationError(
+            "The classes of a head that was trained on numbers must have names before labels can "
+            f"be texts, got {name!r}; pass likelihood={type(self).__name__}(classes=[...]), in the "
+            "order in which the head was trained."
+        )
 
 
 def _num_labels(net: nn.Module) -> int:

@@ -4,8 +4,10 @@ All sites are sampled before the network runs, as activation checkpointing and c
 """
 
 import functools
+import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -28,6 +30,7 @@ from pyro_blora.likelihoods import Batch, Likelihood
 from pyro_blora.likelihoods._likelihood import Prepared
 from pyro_blora.models import LowRankUpdate, UpdateModel
 from pyro_blora.network.adapter import (
+    Frozen,
     LayerHook,
     TrainedHeads,
     layer_hook_of,
@@ -42,6 +45,12 @@ from pyro_blora.network.targets import LayerGroup, by_group
 LOCK = threading.RLock()
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _released(adapters: Sequence[LayerHook], frozen: Frozen) -> None:
+    for adapter in adapters:
+        adapter.remove()
+    frozen.thaw()
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
@@ -215,20 +224,29 @@ class BayesianLoRAModel(PyroModule):
                 self._starts |= getattr(self, group.name).start_at(B, A)
 
     def attach(self) -> None:
-        """Puts the hooks on the network's layers, unless another adapter has hooks there."""
-        for name, module in self.net.named_modules():
-            if layer_hook_of(module) is not None:
-                raise ConfigurationError(
-                    f"{name} is already adapted; call .unwrap() on the BayesianLoRA that wraps the "
-                    "network, and do so before you copy it."
-                )
+        """Freezes the network and hooks its layers, unless another adapter has hooks there."""
+        if self._adapted_layer() is not None:
+            gc.collect()  # as the adapter may be out of anyone's reach
+        if (name := self._adapted_layer()) is not None:
+            raise ConfigurationError(
+                f"{name} is already adapted; call .unwrap() on the BayesianLoRA that wraps the "
+                "network, and do so before you copy it."
+            )
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(LayerHook, self.layer_names, modules))
+        self._frozen = Frozen(self.net)
+        # nobody can unwrap an adapter that is gone, such as one that was local to a function
+        self._release = weakref.finalize(self, _released, self.adapters, self._frozen)
+        self._release.atexit = False
+
+    def _adapted_layer(self) -> str | None:
+        hooked = (name for name, m in self.net.named_modules() if layer_hook_of(m) is not None)
+        return next(hooked, None)
 
     def detach(self) -> None:
-        """Removes the hooks."""
-        for adapter in self.adapters:
-            adapter.remove()
+        """Removes the hooks, and lets the network's parameters be trained as before."""
+        self._release.detach()
+        _released(self.adapters, self._frozen)
         self.adapters = ()
 
     def updates(self) -> dict[str, LowRankUpdate]:

@@ -191,16 +191,39 @@ def test_a_pooler_that_is_new_is_trained_and_exported(tmp_path):
             moved(tiny.bert(), modules_to_save=[name])
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_what_cannot_be_merged_stays_adapted(whole, tmp_path):
+def with_a_lora():
     net = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["v_proj"]))
-    options = {"target_modules": ["q_proj"]}
-    if whole:
-        net, options = tiny.distilbert(), {"target_modules": ["q_lin", "pre_classifier"]}
-        options["modules_to_save"] = ["classifier"]
-    blora = moved(net, **options)
+    return moved(net, target_modules=["q_proj"])
+
+
+def with_a_head_in_a_head():
+    options = {"target_modules": ["q_lin", "pre_classifier"], "modules_to_save": ["classifier"]}
+    return moved(tiny.distilbert(), **options)
+
+
+class OwnLayer(torch.nn.Module):
+    """Linear, but of a class that PEFT does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features = self.out_features = 16
+        self.weight = torch.nn.Parameter(0.3 * torch.randn(16, 16))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def with_a_layer_of_its_own():
+    net = tiny.bert()
+    net.bert.encoder.layer[1].attention.self.value = OwnLayer()
+    return moved(net)
+
+
+@pytest.mark.parametrize("make", [with_a_lora, with_a_head_in_a_head, with_a_layer_of_its_own])
+def test_what_cannot_be_merged_stays_adapted(make, tmp_path):
+    blora = make()
     before = mean_logits(blora)
-    export = [lambda: blora.export_peft(tmp_path / "out")] if whole else []
+    export = [] if make is with_a_lora else [lambda: blora.export_peft(tmp_path / "out")]
     for call in (blora.merge_and_unload, *export):
         with pytest.raises(ConfigurationError):
             call()

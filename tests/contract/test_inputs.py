@@ -11,7 +11,7 @@ from own_classes import Plain
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.guides import MeanField
@@ -73,6 +73,10 @@ def t5():
     return T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCABULARY, **sizes))
 
 
+def masked():
+    return AutoModelForMaskedLM.from_config(tiny.bert().config)
+
+
 def named_likelihood():
     net = nn.Sequential()
     net.q_proj, net.likelihood = nn.Linear(4, 4), nn.Linear(4, 4)
@@ -118,6 +122,7 @@ REFUSED = [
     (partial(tiny.bert, problem_type="regression"), CLASSES),
     (t5, {"likelihood": LabelTokens(token_ids=[5, 31])}),
     (tiny.bert, {"likelihood": CausalLM()}),
+    (masked, {"likelihood": CausalLM()}),  # which sees the tokens that it is scored on
     (tiny.llama, returns(lambda A, B: None)),
     (tiny.llama, returns(lambda A, B: LowRankUpdate(A=A.mT, B=B))),
     (tiny.llama, returns(lambda A, B: LowRankUpdate(A=A, B=B, core=torch.ones(2, 3, 2)))),

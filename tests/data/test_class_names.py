@@ -168,6 +168,28 @@ def test_a_loader_may_have_the_first_classes_alone_or_spell_them_otherwise(
             labels_of(blora, loader)
 
 
+def test_names_that_are_numbers_are_read_alike_after_any_training(small):
+    """The network says that its logits are called 1 and 2."""
+    rows = [{**row, "label": str(1 + k % 2)} for k, row in enumerate(ROWS)]
+    data = datasets.Dataset.from_list(rows).class_encode_column("label")
+    encoded = data.map(lambda row: dict(small(row["text"]))).remove_columns("text")
+    for part in (encoded, encoded.cast_column("label", datasets.Value("int64"))):
+        loader = DataLoader(part, 4, collate_fn=DataCollatorWithPadding(small))
+        blora = adapter(small, ("1", "2"), loader)
+        for read in (loader, rows, data):
+            assert labels_of(blora, read) == IN_ORDER
+
+
+def test_a_collator_gives_numbers_no_other_places(small):
+    rows = [{**row, "label": 1 + k % 3} for k, row in enumerate(ROWS)]
+    trained = adapter(small, None, rows, num_labels=4)
+    named = [ClassificationCollator(small, [*map(str, range(k, 4))]) for k in (0, 1)]
+    assert labels_of(trained, rows, named[0]) == [row["label"] for row in rows]
+    for blora in (trained, adapter(small, ("0", "1", "2", "3"))):
+        with pytest.raises(DataError, match="must number the classes as"):
+            labels_of(blora, rows, named[1])
+
+
 def test_a_data_set_is_read_whatever_the_case_of_its_classes(small, forms):
     blora = adapter(small, None, forms["rows"], num_labels=2)
     assert labels_of(blora, relabeled(forms["numbers"], ("POS", "NEG"))) == IN_ORDER

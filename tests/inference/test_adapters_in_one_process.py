@@ -1,6 +1,7 @@
 """Each adapter is its own, whatever other adapters there are, were, and have answered."""
 
 import copy
+import gc
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -229,3 +230,22 @@ def test_a_training_is_as_alone_while_others_ask():
         return losses
 
     assert trained(12) == trained(0)
+
+
+def test_an_adapter_that_is_gone_leaves_its_network_free():
+    """One that was local to a function cannot be unwrapped any more; one that trains stays."""
+    base = net()
+    expected = base(BATCH["input_ids"]).logits
+    tiny.adapted(base).predict(BATCH)
+    again = tiny.adapted(base)
+    model, guide = again.model, again.guide
+    del again
+    with pytest.raises(ConfigurationError, match="already adapted"):
+        tiny.adapted(base)
+    assert not any(p.requires_grad for p in base.parameters())
+    SVI(model, guide, ClippedAdam({"lr": 0.1}), tiny.elbo(4)).step(BATCH)
+    del model, guide
+    gc.collect()
+    assert all(p.requires_grad for p in base.parameters())
+    assert not any(module._forward_hooks for module in base.modules())
+    assert torch.equal(base(BATCH["input_ids"]).logits, expected)
