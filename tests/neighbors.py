@@ -3,14 +3,9 @@
 from pathlib import Path
 
 # What lies beside: folders that look like draws, a network's and an adapter's files, a page
-NEIGHBORS = (
-    *(
-        "2025-11-29_run/adapter_config.json",
-        "7/adapter_config.json",
-        "70b-lora/adapter_config.json",
-    ),
-    *("my_lora/adapter_config.json", "9/notes.txt", "notes.txt", "README.md", "config.json"),
-)
+FOLDERS = ("2025-11-29_run", "7", "70b-lora", "my_lora")
+NEIGHBORS = [f"{folder}/adapter_config.json" for folder in FOLDERS]
+NEIGHBORS += ["9/notes.txt", "notes.txt", "README.md", "config.json"]
 
 
 def tree(folder):

@@ -9,7 +9,7 @@ from pyro.nn import PyroParam
 from torch.distributions import constraints
 
 from pyro_blora.guides import SiteGuide
-from pyro_blora.likelihoods import MultipleChoice
+from pyro_blora.likelihoods import Likelihood, MultipleChoice
 from pyro_blora.models import KroneckerInducing, UpdateModel
 from pyro_blora.updates import LowRankUpdate
 
@@ -90,3 +90,12 @@ class Sloped(MultipleChoice):
 
     def logits(self, net, batch):
         return self.slope * super().logits(net, batch)
+
+
+class OfX(Likelihood):
+    """Of a network that is called with ``x``, by position."""
+
+    keys = ("x",)
+
+    def logits(self, net, batch):
+        return net(batch["x"])

@@ -1,6 +1,7 @@
 """Transformers of a few thousand weights, made from their configurations, and batches for them."""
 
 import inspect
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import transformers as hf
 from pyro.infer import TraceMeanField_ELBO
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset
 
 from pyro_blora import BayesianLoRA, fit, guides, models
 from pyro_blora.inference.trainer import BayesianLoRATrainer
@@ -189,6 +191,21 @@ def collate(rows):
     }
 
 
+class Stream(IterableDataset):
+    """Rows without places."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return len(self.rows)
+
+
 def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options):
     """A tiny Llama with ``q_proj`` and ``v_proj`` adapted; draws are wide enough to tell apart."""
     options.setdefault("likelihood", LabelTokens(token_ids=ANSWERS, num_data=num_data))
@@ -273,6 +290,18 @@ def scored(run, *args):
         result = run(*args)
     site = seen.trace.nodes["labels"]
     return result, -site["fn"].log_prob(site["value"]).mean().detach()
+
+
+def raising(error, calls):
+    """``collate``, which raises an error at one of its calls."""
+    count = itertools.count(1)
+
+    def collate_or_raise(rows):
+        if next(count) == calls:
+            raise error
+        return collate(rows)
+
+    return collate_or_raise
 
 
 def priors():

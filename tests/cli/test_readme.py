@@ -99,8 +99,8 @@ def test_the_programs_of_a_page_run(name):
         for large, small in SMALLER.items():
             program = re.sub(large, small, program)
         exec(program, names)
-    if name == "likelihoods":
-        contract = names["TestCounts"]()
+    for kind in [made for word, made in names.items() if word.startswith("Test")]:
+        contract = kind()
         for test in [test for test in dir(contract) if test.startswith("test_")]:
             getattr(contract, test)()
     if name == "pyro":  # each label counts once, under NUTS

@@ -28,7 +28,10 @@ def test_the_examples_of_docstrings():
 
 def test_links_lead_to_files():
     """Sphinx sees to headings, and not to files that are no pages of the site."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    tutorials = [
+        page for page in (ROOT / "tutorials").glob("*.*") if page.suffix in (".md", ".ipynb")
+    ]
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *tutorials):
         for target in re.findall(r"\]\(([^)\s:#]+)[#)]", FENCED.sub("", page.read_text("utf-8"))):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

@@ -79,15 +79,3 @@ def test_a_likelihood_without_num_data_warns():
     with pytest.warns(UserWarning, match=r"num_data.*num_data=len\(train\)"):
         trace = pyro.poutine.trace(blora.model).get_trace(tiny.sequences())
     assert trace.nodes["labels"]["scale"] == 1
-
-
-def test_causal_lm_is_the_loss_of_transformers():
-    batch = tiny.texts()
-    count = (batch["labels"] != -100).sum()
-    blora = tiny.adapted(likelihood=CausalLM(num_data=4))
-    with blora.posterior(0) as net:
-        expected = net(**batch).loss * count
-    center = pyro.condition(blora.model, data=blora.guide.center())
-    torch.testing.assert_close(tiny.scored(center, batch)[1], expected.detach() / 4)
-    del batch["labels"]  # the first token has no predecessor
-    assert blora.likelihood.logits(blora.net, batch).shape == (4, 6, tiny.VOCABULARY)

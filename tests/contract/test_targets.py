@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from pyro_blora.errors import ConfigurationError, NoTargetError
+from pyro_blora.errors import NoTargetError
 from pyro_blora.network.targets import find_targets, group_layers
 
 
@@ -81,16 +81,6 @@ def test_groups_are_layers_of_one_ending_and_shape():
     c_attn = tiny.gpt2().transformer.h[0].attn.c_attn
     assert c_attn.weight.shape == (16, 48)  # Conv1D: the transpose of Linear's
     assert group_layers({"c_attn": c_attn})[0].d_out == 48
-
-
-def test_a_network_is_adapted_once():
-    net = tiny.llama()
-    first = tiny.adapted(net, target_modules=["v_proj"])
-    for others in (["q_proj", "v_proj"], ["q_proj"]):
-        with pytest.raises(ConfigurationError, match=r"v_proj.*unwrap"):
-            tiny.adapted(net, target_modules=others)
-    first.unwrap()
-    assert not any(m._forward_hooks or "forward" in vars(m) for m in net.modules())
 
 
 def test_what_was_put_into_the_network_since_stays_as_it_is():

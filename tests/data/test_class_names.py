@@ -79,18 +79,14 @@ def test_numbers_that_a_transform_makes_are_read_as_they_are(small, forms):
         (NEG_POS, None, "data", None, IN_ORDER),
         (NEG_POS, None, "data", "ours, neg pos", IN_ORDER),
         (NEG_POS, None, "encoded", None, IN_ORDER),
-        (NEG_POS, None, "encoded", "padding", IN_ORDER),
         (NEG_POS, None, "labels", None, IN_ORDER),
-        (NEG_POS, None, "labels", "padding", IN_ORDER),
         (NEG_POS, None, "both columns", "padding", IN_ORDER),
         (NEG_POS, None, "both columns", "transformers", IN_ORDER),
         (NEG_POS, None, "one length", "transformers", IN_ORDER),
         (NEG_POS, None, "tensors", "torch", IN_ORDER),
         (NEG_POS, None, "digits", None, IN_ORDER),
         (NEG_POS, None, "transformed without names", None, IN_ORDER),
-        (NEG_POS, None, "transformed without names", "padding", IN_ORDER),
         (NEG_POS, None, "stored", None, IN_ORDER),
-        (NEG_POS, None, "stored", "padding", IN_ORDER),
         (POS_NEG, None, "transformed", None, IN_ORDER),  # the table has the order of the network
         (None, "rows", "rows", "ours", IN_ORDER),
         (None, "rows", "data", "ours", IN_ORDER),
@@ -98,7 +94,6 @@ def test_numbers_that_a_transform_makes_are_read_as_they_are(small, forms):
         (None, "loader", "one class", None, [1] * 6),
         # numbers without names remain what they are after a training on numbers
         (POS_NEG, "loader of numbers", "encoded", "padding", TURNED),
-        (None, "loader of numbers", "encoded", "padding", TURNED),
         (None, "loader of numbers", "encoded", None, TURNED),
         (None, "loader of numbers", "encoded", "a function", TURNED),
     ],
@@ -124,7 +119,6 @@ def test_labels_are_read_by_their_names(
         (NEG_POS, "loader of numbers", "loader", None, AS_NEG_POS),
         (NEG_POS, "loader of numbers", "another name", None, r"got \['pos', 'negative'\]"),
         (NEG_POS, None, "transformed", None, "read as they are, must number the classes"),
-        (NEG_POS, None, "transformed", "padding", "read as they are, must number the classes"),
         (NEG_POS, None, "subset of transformed", None, "read as they are, must number"),
         (POS_NEG, None, "transformed and joined", None, "must number the classes"),
         (None, "rows", "rows", "ours, pos neg", AS_NEG_POS),
@@ -346,8 +340,6 @@ def test_a_number_is_a_name_where_the_classes_are_numbers(small, tmp_path):
 @pytest.mark.parametrize(
     ("names", "trained", "read", "expected"),
     [
-        ("123", None, ["1", "2"], [0, 1]),  # a split may lack the highest class
-        ("123", None, [1, 2], [0, 1]),
         ("123", None, [1, 2, 3], [0, 1, 2]),
         (None, ["1", "2", "3+"], [2, 1], [1, 0]),
         (None, [*map(str, range(11))], [10, 2], [10, 2]),
@@ -408,19 +400,6 @@ def test_a_head_that_was_trained_on_numbers_has_no_names_afterwards(names, small
     if names is None:
         with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
             labels_of(blora, ROWS)
-
-
-def test_classes_may_be_a_list(small, forms, collators):
-    task, own = load_task(forms["rows"] * 5), collators["ours, neg pos"]
-    likelihood = SequenceClassification(classes=list(NEG_POS))
-    blora = adapter(small, num_labels=2, likelihood=likelihood)
-    of_task = task.collator(small, net=blora.net)
-    for collate in (own, of_task):
-        for rows in (forms["rows"], forms["data"], task.train):
-            fit(blora, rows, collate=collate, num_steps=1, progress=False)
-    assert blora.likelihood.classes == NEG_POS
-    loader = DataLoader(task.train, 4, collate_fn=of_task)
-    assert adapter(small, None, loader, num_labels=2).likelihood.classes == NEG_POS
 
 
 def test_classes_in_another_order_than_a_pipeline_has_are_reported(small):

@@ -14,7 +14,6 @@ from pyro_blora.errors import BatchError
 from pyro_blora.items import Template, template_for
 from pyro_blora.likelihoods import (
     CausalLM,
-    ClassificationCollator,
     LabelTokens,
     LabelTokensCollator,
     MultipleChoice,
@@ -213,9 +212,6 @@ def test_a_chat_template_s_start_is_not_written_twice(build, eos):
     cut = MultipleChoiceCollator(tokenizer, template, max_length=8)([item])["input_ids"][0, 0]
     assert cut.tolist().count(start) == 1
     assert cut[0] == start
-    if eos is None:
-        texts = ClassificationCollator(tokenizer)([{"text": chat}])
-        assert texts["input_ids"][0].tolist() == plain
 
 
 def test_a_long_completion_keeps_its_prompt_and_loses_its_end(build):

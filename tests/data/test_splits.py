@@ -13,15 +13,9 @@ from torch.utils import data
 from pyro_blora.data import load_task
 from pyro_blora.data.batches import size_of
 from pyro_blora.data.splits import chosen, hold_out, keys_of
-from pyro_blora.likelihoods import LabelTokens
 
 ROWS = tiny.examples(20)
 PART = data.random_split(ROWS, [6, 14], torch.Generator().manual_seed(0))[0]
-
-
-class Stream(data.IterableDataset):
-    def __iter__(self):
-        yield from ROWS
 
 
 def sampled(sampler):
@@ -53,7 +47,7 @@ SIZES = {
     "unknown places": (sampled(Places()), None),
     "batches of places": (data.DataLoader(ROWS, batch_sampler=PLACES), 8),
     "a loader of ready batches": (data.DataLoader([tiny.sequences()], batch_size=None), None),
-    "a stream": (data.DataLoader(Stream(), 4), None),
+    "a stream": (data.DataLoader(tiny.Stream(ROWS), 4), None),
 }
 
 
@@ -195,20 +189,6 @@ def test_classes_and_constants_do_not_say_which_rows_belong_together(kind):
     for part in (train, held):
         assert {k % 2 for k in part.indices} == {0, 1}
     assert len(set(keys_of([CONSTANTS[0](k % 30) for k in range(60)]))) == 30
-
-
-def test_a_temperature_is_not_fitted_to_texts_that_were_trained_on():
-    """Of coin flips, each of them four times, nothing can be known: the temperature rises."""
-    generator = torch.Generator().manual_seed(1)
-    flips = torch.randint(2, (24,), generator=generator).tolist()
-    rows = [
-        {"input_ids": torch.tensor([8 + k, 9, 10]), "label": flip, "index": k}
-        for k, flip in enumerate(flips)
-    ]
-    likelihood = LabelTokens(token_ids=tiny.ANSWERS[:2])
-    blora = tiny.adapted(likelihood=likelihood, target_modules="all-linear")
-    tiny.train(blora, rows * 4, num_steps=150, held_out=0.25, learning_rates={"mean": 0.2})
-    assert blora.model.temperature > 1
 
 
 REPEATED = [{"text": f"film {k % 50}", "label": ("bad", "good")[k % 2]} for k in range(200)]

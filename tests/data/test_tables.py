@@ -17,12 +17,7 @@ from pyro_blora.data.reading import reading
 from pyro_blora.data.tables import read_table
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.guides import MatrixNormal
-from pyro_blora.likelihoods import (
-    Ordinal,
-    SequenceClassification,
-    TextCollator,
-    TokenClassification,
-)
+from pyro_blora.likelihoods import Ordinal, SequenceClassification, TokenClassification
 
 WORDS = ("dull", "funny")
 ROWS = [{"text": f"a {WORDS[k % 2]} film {k}", "label": WORDS[k % 2]} for k in range(12)]
@@ -217,10 +212,6 @@ def test_text_and_completions_are_scored_as_by_transformers(small, wrapped):
     rows, collate = blora.reading(pairs)
     found, expected = collate(rows), DataCollatorForSeq2Seq(wrapped)(by_hand)
     assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
-    with pytest.warns(UserWarning, match="is cut to max_length=3"):
-        long = TextCollator(wrapped, max_length=3)(pairs)
-    assert long["input_ids"].shape[1] == 3
-    assert (long["labels"] != -100).any(-1).all()
 
 
 GOOD = {"prompt": "a", "completion": " film"}

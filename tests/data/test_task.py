@@ -1,13 +1,9 @@
 import json
-from pathlib import Path
 
 import pytest
 
 from pyro_blora import likelihoods
 from pyro_blora.data import DataError, load_task
-
-# beside the repository, on machines that have it
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "commonsense"
 
 
 @pytest.fixture
@@ -99,13 +95,3 @@ def test_a_file_called_like_a_task_has_its_own_words(tmp_path):
     path = tmp_path / "sst2.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     assert load_task(path).template.scoring == "options"
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the folder shared/data/commonsense is missing")
-def test_every_item_of_the_real_data_is_read():
-    for path in REAL.glob("*/test.jsonl"):
-        task = load_task(path.parent.name, data_dir=REAL)
-        assert len(task.test) == len(path.read_bytes().splitlines())
-        if words := task.template.label_words:  # of which every item has the same
-            assert {len(item.choices) for item in task.test} == {len(words)}
-            assert len({item.choices for item in task.test}) == 1

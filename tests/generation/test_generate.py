@@ -9,7 +9,6 @@ import torch
 from average_net import AverageNet, merged
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from pyro_blora import likelihoods
 from pyro_blora.errors import ConfigurationError
@@ -128,9 +127,10 @@ def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
     options = ENDS[ends](int(free[0, 1]))
     if "generation_config" not in options:
         options = {**ENDLESS, **options}
+    batch["inputs"] = batch.pop("input_ids")
     found = blora.generate(**batch, num_samples=0, **decoding, **options)
     lengths = []
-    for row, prompt in enumerate(batch["input_ids"]):
+    for row, prompt in enumerate(batch["inputs"]):
         with blora.posterior() as net:
             alone = net.generate(prompt[None], **decoding, **options)
             log_probs = net(alone[:, :-1]).logits[:, 5:].log_softmax(-1)
@@ -141,20 +141,6 @@ def test_a_row_that_has_ended_has_no_numbers(ends, decoding):
         torch.testing.assert_close(found.mean_log_prob[row], log_probs.mean(), atol=1e-5, rtol=0)
         assert found.entropy[row, length:].isnan().all()
     assert min(lengths) < max(lengths)
-
-
-@pytest.mark.parametrize("name", ["input_ids", "inputs"])
-def test_criteria_end_and_fill_rows_as_without_an_adapter(name):
-    blora, batch = adapter(), prompts(4)
-    batch = {name: batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    options = {"pad_token_id": 0, "max_new_tokens": NEW}
-    with blora.posterior() as net:
-        net.generation_config.eos_token_id = None
-        end = int(net.generate(**batch, max_new_tokens=NEW)[0, 7])
-        options["stopping_criteria"] = [EosTokenCriteria(end)]
-        expected = net.generate(**batch, **options)
-    assert (expected[0, 8:] == 0).all()
-    assert blora.generate(**batch, **options, num_samples=0).sequences.equal(expected)
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,7 @@ def test_a_step_waits_for_the_device_a_few_times(monkeypatch, after_step, likeli
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("model.v_proj.sigma_", math.nan),
-        ("guide.q_proj_V.loc", math.nan),
-        ("guide.v_proj_V.loc", 1e30),
-    ],
+    ("name", "value"), [("model.v_proj.sigma_", math.nan), ("guide.v_proj_V.loc", 1e30)]
 )
 def test_what_is_not_finite_is_named(name, value):
     blora = tiny.adapted(num_data=10)

@@ -30,17 +30,6 @@ def moved(**options):
 
 
 @torch.no_grad()
-def test_no_samples_is_the_network_at_the_posterior_mean():
-    blora, batch = moved(), tiny.sequences()
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    with blora.posterior(0) as net:
-        logits = net(**inputs).logits
-    expected = tiny.answers(logits, batch).softmax(-1)
-    torch.testing.assert_close(blora.predict(batch, 0).probs, expected)
-    assert not torch.allclose(blora.net(**inputs).logits, logits, atol=1e-2)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("num_samples", [0, 1])
 def test_the_mean_has_no_noise_and_one_draw_is_held(num_samples):
     prior = KroneckerInducing(rank=2, conditional="deterministic" if num_samples else "exact")

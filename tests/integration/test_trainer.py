@@ -8,16 +8,15 @@ import torch
 from own_tokenizer import build_tokenizer
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
-from torch.utils.data import default_collate
 
 from pyro_blora import BayesianLoRA, guides
 from pyro_blora.errors import DataError
 from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import (
-    CausalLM,
     MultiLabel,
     Ordinal,
     Regression,
+    SequenceClassification,
     TokenClassification,
 )
 
@@ -81,19 +80,6 @@ def test_it_resumes_where_it_stopped(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_it_evaluates_and_predicts_the_posterior_predictive(tmp_path):
-    held = tiny.examples(10, seed=5)
-    right = lambda found: {"right": (found.predictions.argmax(-1) == found.label_ids).sum()}  # noqa: E731
-    run = trainer(tmp_path, eval_dataset=held, eval_samples=0, compute_metrics=right)
-    run.train()
-    batch = tiny.collate(held)
-    prediction = run.blora.predict(batch, 0)
-    assert run.evaluate()["eval_right"] == (prediction.predictions == batch["labels"]).sum()
-    found = torch.tensor(run.predict(held).predictions).exp()
-    torch.testing.assert_close(found, prediction.probs, atol=1e-5, rtol=1e-4)
-    assert not run.blora.net.training
-
-
 def test_it_ends_with_the_best_evaluation(tmp_path):
     torch.manual_seed(0)
     each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -105,20 +91,11 @@ def test_it_ends_with_the_best_evaluation(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_free_text(tmp_path):
-    rows = tiny.rows_of(texts := tiny.texts(6))
-    blora = tiny.adapted(likelihood=CausalLM(num_data=6))
-    data = {"rows": rows, "data_collator": default_collate, "eval_dataset": rows}
-    run = trainer(tmp_path, blora, **data, eval_samples=0)
-    run.train()
-    expected = -float(blora.log_predictive(texts, 0).mean())
-    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
-
-
 WORDS, TAGS = ("a", "warm", "film"), (1, 0, 2)
 TAGGED = [{"tokens": WORDS[: 2 + k % 2], "tags": TAGS[: 2 + k % 2]} for k in range(6)]
 SEVERAL = [{"text": "a film"[k:], "label": [k % 2, 1, 0]} for k in range(4)]
 NUMBERS = [{"text": "a film"[k:], "label": float(k)} for k in range(4)]
+CLASSES = [{"text": "a film"[k:], "label": k % 3} for k in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +104,7 @@ NUMBERS = [{"text": "a film"[k:], "label": float(k)} for k in range(4)]
         (TAGGED, TokenClassification, {"task": "TokenClassification"}),
         (SEVERAL, MultiLabel, {"problem_type": "multi_label_classification"}),
         (NUMBERS, Regression, {"num_labels": 1}),
+        (CLASSES, SequenceClassification, {}),
     ],
 )
 def test_metrics_are_computed_of_what_is_predicted(rows, likelihood, net, tmp_path):
@@ -178,24 +156,18 @@ def test_a_refused_training_leaves_nothing_to_the_next_one(is_second, tmp_path):
     ends = []
     for is_refused in (False, True):
         pyro.set_rng_seed(0)
-        run, calls = trainer(tmp_path, tiny.adapted(guide=AutoNormal)), []
+        run = trainer(tmp_path, tiny.adapted(guide=AutoNormal))
         usual = run.data_collator
-
-        def collate(rows, usual=usual, calls=calls):
-            calls.append(rows)
-            if len(calls) == 3:
-                raise DataError("a bad row")
-            return usual(rows)
 
         if is_second:
             run.train()
-            run.args.lr_scheduler_type = "cosine_with_min_lr"
             if is_refused:
+                run.args.lr_scheduler_type = "cosine_with_min_lr"
                 with pytest.raises(ValueError, match="min_lr"):  # which it needs
                     run.train()
-            run.args.lr_scheduler_type = "linear"
+                run.args.lr_scheduler_type = "linear"
         if is_refused:
-            run.data_collator = collate
+            run.data_collator = tiny.raising(DataError("a bad row"), 3)
             with pytest.raises(DataError):
                 run.train()
             run.data_collator = usual

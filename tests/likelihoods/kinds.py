@@ -4,9 +4,11 @@ from functools import partial
 
 import tiny
 from own_tokenizer import build_tokenizer
+from pyro.distributions import Poisson
 
 from pyro_blora import BayesianLoRA
-from pyro_blora.likelihoods import Ordinal, Preference
+from pyro_blora.likelihoods import Likelihood, NumberCollator, Ordinal, Preference
+from pyro_blora.likelihoods.reading import head_logits
 
 NAMES = ("warm", "cold", "wet")  # not sorted
 SETS = [[name for k, name in enumerate(NAMES) if n >> k & 1] for n in range(48)]
@@ -45,3 +47,24 @@ def adapter(kind, *, net=None, **options):
     """An adapter on a new network of a kind, or on another one."""
     usual = {"likelihood": PASSED.get(kind, lambda: None)(), "tokenizer": TOKENIZER}
     return BayesianLoRA(net or NETS[kind](), **{**usual, **options})
+
+
+def outputs(net, rows):
+    """What a network gives for the texts of rows."""
+    return net(**NumberCollator(TOKENIZER)([{"text": row["text"]} for row in rows])).logits
+
+
+class Rates(Likelihood):
+    """Counts, for which nobody has said what a temperature does."""
+
+    new_head = True
+    usual_collator = NumberCollator
+
+    def logits(self, net, batch):
+        return head_logits(net, batch).squeeze(-1)
+
+    def distribution(self, logits, labels):
+        return Poisson(logits.exp())
+
+    def check_labels(self, labels, logits):
+        """Any label will do."""

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset
-from kinds import FEW, NETS, PASSED, ROWS, TAGS, TOKENIZER, adapter
+from kinds import FEW, NETS, PASSED, ROWS, TAGS, TOKENIZER, adapter, outputs
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
@@ -27,10 +27,6 @@ from pyro_blora.likelihoods import (
     TagCollator,
     TokenClassification,
 )
-
-
-def outputs(net, rows):
-    return net(**NumberCollator(TOKENIZER)([{"text": row["text"]} for row in rows])).logits
 
 
 def of_labels(net, rows, numbers):
@@ -86,12 +82,12 @@ def test_it_learns_from_a_file_is_saved_and_exported(exported, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_methods_are_compared(kind):
+def test_methods_are_compared(kind, tmp_path):
     likelihood = PASSED["order"]() if kind == "order" else None  # others follow from the rows
-    methods = ["lora", "mean:bayesian-lora"]
-    table = compare(
-        (NETS[kind](), TOKENIZER), ROWS[kind], methods, likelihood=likelihood, seeds=[0], **FEW
-    )
+    pair, methods = (NETS[kind](), TOKENIZER), ["lora", "mean:bayesian-lora"]
+    options = {"likelihood": likelihood, "seeds": [0], "out": tmp_path, **FEW}
+    table, again = (compare(pair, ROWS[kind], methods, **options) for _ in range(2))
+    assert str(again) == str(table)  # read from the folder
     a, b = (row.metrics.nll for row in table.rows)
     assert table.differences()[methods[1]]["nll"][0] == pytest.approx(b - a, abs=1e-5)
     expected = {"RMSE", "CRPS", "90 % interval covers %"} if kind == "numbers" else {"ECE %"}

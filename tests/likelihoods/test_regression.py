@@ -6,15 +6,13 @@ import kinds
 import pytest
 import torch
 from kinds import TOKENIZER
-from pyro.distributions import Poisson
 from torch.distributions import Exponential, Normal
 from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, compare, fit
 from pyro_blora.errors import BatchError, ConfigurationError, DataError
 from pyro_blora.inference import parameter_groups
-from pyro_blora.likelihoods import Likelihood, NumberCollator, Regression
-from pyro_blora.likelihoods.reading import head_logits
+from pyro_blora.likelihoods import NumberCollator, Regression
 from pyro_blora.prediction import Prediction
 from pyro_blora.scores import evaluate_numbers
 
@@ -72,34 +70,18 @@ def test_labels_of_another_shape_are_not_scored(trained):
         trained.evaluate(DataLoader([batch], batch_size=None), num_samples=0)
 
 
-def test_a_comparison_goes_on_from_its_folder(tmp_path):
-    how = {"seeds": [0, 1], **kinds.FEW}
-    pair, methods = (kinds.NETS["numbers"](), TOKENIZER), ["lora", "mean:bayesian-lora"]
-    table = compare(pair, ROWS, methods, out=tmp_path, **how)
-    assert table.differences()["mean:bayesian-lora"]["nll"][1] > 0
-    assert str(compare(pair, ROWS, methods, out=tmp_path, **how)) == str(table)
-    with pytest.raises(ConfigurationError, match="one class of each row, got Regression"):
-        compare(pair, ROWS, ["linearized:lora"], **how)
-
-
 def test_both_deviations_are_columns_of_a_comparison_with_others():
     pair, others = (kinds.NETS["numbers"](), TOKENIZER), ["a cold night", "who are you"]
     table = compare(pair, ROWS, ["mean-field"], seeds=[0], outside=others, **kinds.FEW)
     assert [*table.rows[0].auroc] == ["stddev", "adapter_stddev"]
 
 
-@pytest.mark.parametrize(
-    ("label", "message"),
-    [("good", "a finite number, got 'good' in row 1"), (math.nan, "number, got nan in row 1"),
-     (None, "number, got None in row 1")],
-)  # fmt: skip
-def test_a_label_that_is_no_number(label, message):
+@pytest.mark.parametrize("label", ["good", math.nan, None])
+def test_a_label_that_is_no_number(label):
     blora = kinds.adapter("numbers")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"must hold a finite number, got .* in row 1"):
         fit(blora, [ROWS[0], {**ROWS[1], "label": label}], num_steps=1)
     assert blora.likelihood.loc is None
-    with pytest.raises(DataError, match="Rows must have the columns text and label, got text in"):
-        fit(blora, [ROWS[0], {"text": "it was"}], num_steps=1)
 
 
 def test_the_unit_comes_from_a_loader_s_rows_or_from_the_user():
@@ -146,9 +128,7 @@ def test_a_trained_head_keeps_its_unit_and_the_noise_gets_that_of_the_labels():
 
 def test_labels_that_are_all_alike_have_the_unit_1():
     blora = kinds.adapter("numbers")
-    fit(
-        blora, [{**row, "label": 0.1} for row in kinds.ROWS["numbers"]], num_steps=1, progress=False
-    )
+    fit(blora, [{**row, "label": 0.1} for row in ROWS], num_steps=1, progress=False)
     assert blora.likelihood.scale == 1
     with pytest.raises(ConfigurationError, match="must have classes, got Regression"):
         blora.predict(kinds.ROWS["numbers"][:2], 3, linearized=True)
@@ -162,25 +142,9 @@ def test_an_interval_stays_within_the_support():
         assert below.item() == pytest.approx(level, abs=1e-5)
 
 
-class Rates(Likelihood):
-    """Counts, for which nobody has said what a temperature does."""
-
-    new_head = True
-    usual_collator = NumberCollator
-
-    def logits(self, net, batch):
-        return head_logits(net, batch).squeeze(-1)
-
-    def distribution(self, logits, labels):
-        return Poisson(logits.exp())
-
-    def check_labels(self, labels, logits):
-        pass
-
-
 def test_a_likelihood_without_classes_has_no_temperature_of_its_own():
     net = kinds.adapter("numbers").unwrap()
-    blora = BayesianLoRA(net, likelihood=Rates(), tokenizer=TOKENIZER)
+    blora = BayesianLoRA(net, likelihood=kinds.Rates(), tokenizer=TOKENIZER)
     rows = [{**row, "label": k % 5} for k, row in enumerate(kinds.ROWS["numbers"])]
     with pytest.raises(ConfigurationError, match="if it defines tempered"):
         blora.calibrate(rows)

@@ -7,7 +7,7 @@ import peft
 import pytest
 import tiny
 import torch
-from kinds import FEW, NETS, ROWS, TOKENIZER, adapter
+from kinds import FEW, NETS, ROWS, TOKENIZER, Rates, adapter, outputs
 from pyro.distributions import Poisson
 from scipy.stats import poisson
 from torch.utils.data import DataLoader
@@ -15,8 +15,7 @@ from transformers import LlamaForSequenceClassification
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.errors import CheckpointError
-from pyro_blora.likelihoods import Likelihood, NumberCollator, Ordinal, Regression
-from pyro_blora.likelihoods.reading import head_logits
+from pyro_blora.likelihoods import NumberCollator, Ordinal, Regression
 from pyro_blora.network.pretrained import load_network
 from pyro_blora.network.targets import LABELS
 from pyro_blora.prediction import Prediction
@@ -44,10 +43,9 @@ def predicted(blora, kind="numbers"):
     return blora.predict_dataset(ROWS[kind], num_samples=0, precision="float32")[0]
 
 
+@torch.no_grad()
 def output(net):
-    texts = [{"text": row["text"]} for row in ROWS["numbers"]]
-    with torch.no_grad():
-        return net(**NumberCollator(TOKENIZER)(texts)).logits[:, 0]
+    return outputs(net, ROWS["numbers"])[:, 0]
 
 
 def test_the_numbers_of_an_export_give_the_normal_distribution(trained, tmp_path):
@@ -192,24 +190,16 @@ class Counted(Poisson):
         return torch.where(value < 0, torch.zeros(()), below)
 
 
-class Counts(Likelihood):
-    """Counts, at a temperature that does not divide the logarithm of their rate."""
+class Counts(Rates):
+    """At a temperature that does not divide the logarithm of their rate."""
 
-    new_head = True
     task_type = "SEQ_CLS"
-    usual_collator = NumberCollator
-
-    def logits(self, net, batch):
-        return head_logits(net, batch).squeeze(-1)
 
     def distribution(self, logits, labels):
         return Counted(logits.exp())
 
     def tempered(self, logits, temperature):
         return logits + 0.1 * temperature.log()
-
-    def check_labels(self, labels, logits):
-        """Any label will do."""
 
 
 def test_an_export_keeps_a_head_that_its_likelihood_tempers_otherwise(tmp_path):

@@ -6,24 +6,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from own_classes import OfX
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
 
 from pyro_blora import BayesianLoRA
 from pyro_blora.guides import MeanField
-from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import KroneckerInducing
 
 PATH = Path(__file__).resolve().parents[2] / "tutorials" / "minimal.py"
 
 
-class Regression(Likelihood):
-    keys = ("x",)
-
-    def logits(self, net, batch):
-        return net(batch["x"])
-
+class Regression(OfX):
     def distribution(self, logits, labels):
         return dist.Normal(logits, 0.1).to_event(1)
 

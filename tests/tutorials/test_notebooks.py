@@ -1,7 +1,6 @@
 """The notebooks run as they stand, but for their sizes, and their links lead somewhere."""
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,11 +71,3 @@ def test_it_runs(path, monkeypatch):
                 exec(compile(source, f"{path.stem}, cell {number}", "exec"), names)
         finally:
             pyplot.close("all")
-
-
-def test_links_resolve_and_each_notebook_is_listed():
-    listed = (TUTORIALS / "README.md").read_text("utf-8")
-    texts = [path.read_text("utf-8") for path in NOTEBOOKS]
-    targets = re.findall(r"\]\(([^)\s:]+)\)", "\n".join([*texts, listed]))
-    assert [to for to in targets if not (TUTORIALS / to.partition("#")[0]).exists()] == []
-    assert {path.name for path in NOTEBOOKS} <= set(targets)
