@@ -53,6 +53,19 @@ class Centered(Plain):
         return LowRankUpdate(A=self.A, B=B)
 
 
+class Shifted(Plain):
+    """The mean of B, real like B itself, is a site that the layers share."""
+
+    def forward(self):
+        mean = pyro.sample(self.site("mean"), self.normal())
+        with self.plate():
+            around = self.normal(self.group.d_out, self.rank).base_dist
+            B = pyro.sample(
+                self.site("B"), dist.Normal(mean[..., None, None], around.scale).to_event(2)
+            )
+        return LowRankUpdate(A=self.A, B=B)
+
+
 class RandomScale(KroneckerInducing):
     no_start: ClassVar[str] = "its scales are random"
 

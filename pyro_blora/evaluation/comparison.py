@@ -535,16 +535,9 @@ def _row(result: Result, seed: int, task: Task) -> Row:
     costs = (result.passes, fitted.seconds, numbers)
     log_probs = prediction.log_prob(labels).reshape(len(labels), -1).sum(-1)
     log_probs = log_probs / likelihood.num_scored(labels).double().mean()  # of a word
-    scored = (prediction.mean, labels, log_probs)
-    row = Row(
-        result.row,
-        seed,
-        likelihood.metrics(prediction, labels),
-        *sizes,
-        *costs,
-        *scored,
-        fitted.has_learned,
-    )
+    scores = likelihood.metrics(prediction, labels)
+    learned, probs = fitted.has_learned, prediction.mean
+    row = Row(result.row, seed, scores, *sizes, *costs, probs, labels, log_probs, learned)
     if "outside" in result.predictions:
         outside, _ = result.predictions["outside"]
         for doubt in filter("confidence".__ne__, doubts(prediction)):

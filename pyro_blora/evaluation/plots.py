@@ -38,8 +38,8 @@ def reliability_diagram(
     axes = figure.subplots(2, count, squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for (top, bottom), (name, pair) in zip(axes.T, results.items(), strict=True):
         metrics = evaluate(*pair, num_bins=num_bins)
-        _style(top, share=True)
-        _style(bottom, "Confidence", share=True)
+        _style(top)
+        _style(bottom, "Confidence")
         _draw_bins(top, bottom, *pair, num_bins)
         bottom.axvline(metrics.acc, linewidth=1.5, **_ACCURACY)
         bottom.axvline(float(pair[0].amax(-1).mean()), **_CONFIDENCE)
@@ -94,11 +94,10 @@ def _draw_bins(top: Any, bottom: Any, probs: Tensor, labels: Tensor, num_bins: i
     top.set_ylim(0, 1.01)  # room for the thick line of an accuracy of 1
 
 
-def _style(ax: Any, label: str = "", share: bool = False) -> None:
-    """Sets the look of axes; with ``share``, the x axis is a share from 0 to 1."""
-    if share:
-        ax.set_xlim(0, 1)
-        ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+def _style(ax: Any, label: str = "") -> None:
+    """Sets the look of axes, whose x axis is a share from 0 to 1."""
+    ax.set_xlim(0, 1)
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
     ax.set_xlabel(label, fontsize=9, color=_INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(_INK)

@@ -37,7 +37,7 @@ def colored(
     """The new text of one sequence, each word on a color that says how uncertain its token is.
 
     It includes special tokens. Tokens that share a character have the largest of their values.
-    Print it by ``rich.print``, after :func:`legend`.
+    Print it by ``rich.print``.
     """
 
     def text_of(ids: list[int]) -> str:
@@ -57,12 +57,3 @@ def colored(
         shown.append(word, _STYLES[bisect_right(_STEPS[by], largest)])
         before, largest = text, 0.0
     return shown
-
-
-def legend(by: Measure = "mutual_information") -> Text:
-    """The legend of the colors of :func:`colored`."""
-    text, steps = Text(f"{by.replace('_', ' ')}:"), _STEPS[by]
-    for level, style in enumerate(_STYLES):
-        text.append(" ")
-        text.append(f" from {steps[level - 1]:g} " if level else f" below {steps[0]:g} ", style)
-    return text

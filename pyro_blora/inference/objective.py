@@ -67,17 +67,13 @@ class Objective:
         self._has_old_head = likelihood.new_head and bool(likelihood.trained_head)
         self._classes, self._first = 0, list[float]()  # of an old head; the first steps' NLLs
 
-    @property
-    def _num_data(self) -> int:
-        return self._blora.model.likelihood.num_data or 1
-
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of ``batch`` with its gradient, and the figures of a :class:`Step`.
 
         They stay on the device until the caller reads them and passes them to :meth:`check`.
         """
         model, guide = self._blora.model, self._blora.guide
-        likelihood, num_data = model.likelihood, self._num_data
+        likelihood, num_data = model.likelihood, model.likelihood.num_data or 1
         if not model.enabled:
             raise ConfigurationError(
                 "The adapter is off inside disable_adapter(), where only the KL would train it; "
@@ -131,7 +127,8 @@ class Objective:
             self._first.append(figures["nll"])
             if len(self._first) == _FIRST:
                 warn_above_chance(sum(self._first) / _FIRST, self._classes, self._blora.likelihood)
-        rounding = 1e-3 * (1 + abs(figures["nll"]) * self._num_data / self.kl_weight)
+        size = self._blora.likelihood.num_data or 1
+        rounding = 1e-3 * (1 + abs(figures["nll"]) * size / self.kl_weight)
         negative = self._mean_field and figures["kl"] < -rounding
         if negative and analytic_kl(self._blora.guide, self._blora.model) is not None:
             raise ConfigurationError(

@@ -54,7 +54,9 @@ class LayerHook:
         """Takes the hook off the layer."""
         self._handle.remove()
         if vars(self.module).get("forward") is self._forward:  # not wrapped again since
-            put_forward_back(self.module, self._before)
+            del self.module.forward
+            if self._before is not None:  # set by another library
+                self.module.forward = self._before
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -82,13 +84,6 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 def layer_hook_of(module: nn.Module) -> LayerHook | None:
     """The hook on ``module`` that adds its update, or ``None``."""
     return next((hook for hook in hooks_of(module) if isinstance(hook, LayerHook)), None)
-
-
-def put_forward_back(module: nn.Module, before: Callable[..., Any] | None) -> None:
-    """Restores the forward of the module's class, or ``before``, set by another library."""
-    del module.forward
-    if before is not None:
-        module.forward = before
 
 
 @contextmanager

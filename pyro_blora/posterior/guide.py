@@ -125,17 +125,18 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
     if not isinstance(guide, StructuredGuide) or point_masses(guide):
         return None
+    totals = []
     with torch.no_grad(), draws_apart(guide, model.groups[0].device):
-        q = pyro.poutine.trace(guide).get_trace()
-        p = pyro.poutine.trace(pyro.poutine.replay(model.updates, trace=q)).get_trace()
-        total = torch.zeros(())
-        for site in model.sites:
-            pair = (trace.nodes[site.name]["fn"] for trace in (q, p))
+        for _ in range(2):  # draws, between which the KL differs if a site depends on another
+            q = pyro.poutine.trace(guide).get_trace()
+            p = pyro.poutine.trace(pyro.poutine.replay(model.updates, trace=q)).get_trace()
+            pairs = [[trace.nodes[site.name]["fn"] for trace in (q, p)] for site in model.sites]
             try:
-                total = total + torch.distributions.kl_divergence(*pair).sum().cpu()
+                parts = [torch.distributions.kl_divergence(*pair).sum().cpu() for pair in pairs]
             except NotImplementedError:
                 return None
-        return total
+            totals.append(torch.stack(parts).sum())
+    return totals[0] if torch.allclose(totals[0], totals[1]) else None
 
 
 def make_guide(

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
-from own_classes import Centered, Plain, Scaled, Spread
+from own_classes import Centered, Plain, Scaled, Shifted, Spread
 
 from pyro_blora.guides import Delta, Ensemble, MeanField, Site
 from pyro_blora.posterior.linearized import logit_jacobian
@@ -24,6 +24,7 @@ def test_kl_is_a_number_or_none():
     kl = tiny.adapted(prior=Plain(), guide=MeanField(init_scale=1.0)).kl()
     assert kl.item() == pytest.approx(0.0, abs=1e-5)  # it starts at the prior itself
     assert tiny.adapted(prior=Scaled(), guide=MeanField()).kl() is None
+    assert tiny.adapted(prior=Shifted(), guide=MeanField()).kl() is None
     for point in (Delta(), Ensemble()):
         assert tiny.adapted(guide=point).kl() is None
 
