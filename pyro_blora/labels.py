@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -283,7 +284,7 @@ def check_choices(rows: Any) -> None:
 
 
 def check_numbers(names: Sequence[str]) -> None:
-    """Refuses names of labels that are other numbers than the labels."""
+    """Refuses names of quantities that are other numbers, and warns of an alphabet's order."""
     for k, name in enumerate(names):
         try:
             is_other = float(name) != k
@@ -294,6 +295,18 @@ def check_numbers(names: Sequence[str]) -> None:
                 f"The labels must be numbers as they are, got a ClassLabel that has {k} for "
                 f"{name!r}; keep a column of the numbers, and encode a copy of it."
             )
+    heads = [float(m[0]) for name in names if (m := re.match(r"-?\d+(\.\d+)?", name))]
+    if len(heads) == len(names) and heads != sorted(heads):
+        raise DataError(
+            f"The labels must be quantities in their order, got a ClassLabel of {list(names)}; "
+            "keep a column of the numbers, and encode a copy of it."
+        )
+    if len(heads) < len(names) and len(names) > 2 and [*names] == sorted(names):
+        warnings.warn(
+            f"The labels are quantities, and their names are in the alphabet's order, "
+            f"{list(names)}; if that is not theirs, make a column of numbers from the names.",
+            stacklevel=2,
+        )
 
 
 def label_of(

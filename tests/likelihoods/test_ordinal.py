@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset
-from kinds import FEW, ROWS, STARS, TOKENIZER, adapter
+from kinds import FEW, ROWS, TOKENIZER, adapter
 from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, fit
@@ -57,12 +57,26 @@ def test_numbers_keep_the_names_that_they_had_in_training(tmp_path):
         rows = Dataset.from_list(ROWS["order"])
         return rows.cast_column("label", ClassLabel(names=names))
 
-    rows, others = named(STARS), named(STARS[::-1])
+    grades = ["poor", "fair", "good", "great"]
+    rows, others = named(grades), named(grades[::-1])
     fit(blora := adapter("order"), rows, **FEW)
     blora.save_pretrained(tmp_path)
     again = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path, tokenizer=TOKENIZER)
     again.evaluate(rows, num_samples=2)
     again.evaluate(ROWS["order"], num_samples=2)  # whose numbers have no names
     for data in (others, DataLoader(others, 4, collate_fn=ClassificationCollator(TOKENIZER))):
-        with pytest.raises(DataError, match=r"must number the classes as .*'bad', 'fair'"):
+        with pytest.raises(DataError, match=r"must number the classes as .*'poor', 'fair'"):
             again.evaluate(data, num_samples=2)
+
+
+def test_an_alphabet_is_no_order():
+    rows = Dataset.from_list(ROWS["order"])
+    words = rows.cast_column("label", ClassLabel(names=["high", "low", "medium", "top"]))
+    stars = rows.cast_column(
+        "label", ClassLabel(names=["1 star", "10 stars", "2 stars", "3 stars"])
+    )
+    with pytest.warns(UserWarning, match="in the alphabet's order"):
+        fit(adapter("order"), words, **FEW)
+    for data in (stars, DataLoader(stars, 4, collate_fn=ClassificationCollator(TOKENIZER))):
+        with pytest.raises(DataError, match="quantities in their order"):
+            fit(adapter("order"), data, **FEW)
