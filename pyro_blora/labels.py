@@ -284,7 +284,7 @@ def check_choices(rows: Any) -> None:
 
 
 def check_numbers(names: Sequence[str]) -> None:
-    """Refuses names of quantities that are other numbers, and warns of an alphabet's order."""
+    """Refuses names of quantities that are other numbers, or in alphabetical order alone."""
     for k, name in enumerate(names):
         try:
             is_other = float(name) != k
@@ -296,14 +296,16 @@ def check_numbers(names: Sequence[str]) -> None:
                 f"{name!r}; keep a column of the numbers, and encode a copy of it."
             )
     heads = [float(m[0]) for name in names if (m := re.match(r"-?\d+(\.\d+)?", name))]
+    if len(names) < 3 or [*names] != sorted(names):  # as an encoding of texts makes them
+        return
     if len(heads) == len(names) and heads != sorted(heads):
         raise DataError(
             f"The labels must be quantities in their order, got a ClassLabel of {list(names)}; "
             "keep a column of the numbers, and encode a copy of it."
         )
-    if len(heads) < len(names) and len(names) > 2 and [*names] == sorted(names):
+    if len(heads) < len(names):
         warnings.warn(
-            f"The labels are quantities, and their names are in the alphabet's order, "
+            f"The labels are quantities, and their names are in alphabetical order, "
             f"{list(names)}; if that is not theirs, make a column of numbers from the names.",
             stacklevel=2,
         )

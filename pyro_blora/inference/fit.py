@@ -90,11 +90,12 @@ def fit(
         held_out: share of the examples to hold out from training; at its end the temperatures of
             predictions are fitted to them (:meth:`BayesianLoRA.calibrate
             <pyro_blora.BayesianLoRA.calibrate>`). :math:`N` is then the number of the others.
-            Nothing can be held out of a ``DataLoader``, so that a share is refused there. The
-            default is the likelihood's: an eighth for options, preferences and numbers, because
-            the scale of their scores is unknown, and 0 for other likelihoods, for a published
-            method and after ``from_peft``. Examples are chosen by their texts, so that a continued
-            training holds out the same ones; pass 0.0 if an earlier one held out none of them.
+            Nothing can be held out of a ``DataLoader``: a share is refused there, and without one
+            a likelihood that needs it warns. The default is the likelihood's: an eighth for
+            options, preferences and numbers, because the scale of their scores is unknown, and 0
+            for other likelihoods, for a published method and after ``from_peft``. Examples are
+            chosen by their texts, so that a continued training holds out the same ones; pass 0.0
+            if an earlier one held out none of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.

@@ -47,10 +47,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _released(adapters: Sequence[LayerHook], frozen: Frozen) -> None:
+def _remove(adapters: Sequence[LayerHook]) -> None:
     for adapter in adapters:
         adapter.remove()
-    frozen.thaw()
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
@@ -226,7 +225,7 @@ class BayesianLoRAModel(PyroModule):
     def attach(self) -> None:
         """Freezes the network and hooks its layers, unless another adapter has hooks there."""
         if self._adapted_layer() is not None:
-            gc.collect()  # as the adapter may be out of anyone's reach
+            gc.collect()  # as its adapter may be unreachable and not yet collected
         if (name := self._adapted_layer()) is not None:
             raise ConfigurationError(
                 f"{name} is already adapted; call .unwrap() on the BayesianLoRA that wraps the "
@@ -235,8 +234,9 @@ class BayesianLoRAModel(PyroModule):
         modules = [module for group in self.groups for module in group.modules]
         self.adapters = tuple(map(LayerHook, self.layer_names, modules))
         self._frozen = Frozen(self.net)
-        # nobody can unwrap an adapter that is gone, such as one that was local to a function
-        self._release = weakref.finalize(self, _released, self.adapters, self._frozen)
+        # nobody can unwrap an adapter that is gone, such as one that was local to a function; its
+        # network stays frozen, because it is collected at any time
+        self._release = weakref.finalize(self, _remove, self.adapters)
         self._release.atexit = False
 
     def _adapted_layer(self) -> str | None:
@@ -246,7 +246,8 @@ class BayesianLoRAModel(PyroModule):
     def detach(self) -> None:
         """Removes the hooks, and lets the network's parameters be trained as before."""
         self._release.detach()
-        _released(self.adapters, self._frozen)
+        _remove(self.adapters)
+        self._frozen.thaw()
         self.adapters = ()
 
     def updates(self) -> dict[str, LowRankUpdate]:

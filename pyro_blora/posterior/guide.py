@@ -135,8 +135,9 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
                 parts = [torch.distributions.kl_divergence(*pair).sum().cpu() for pair in pairs]
             except NotImplementedError:
                 return None
-            totals.append(torch.stack(parts).sum())
-    return totals[0] if torch.allclose(totals[0], totals[1]) else None
+            totals.append(parts)
+    same = all(map(torch.equal, *totals))
+    return sum(totals[0], torch.zeros(())) if same else None
 
 
 def make_guide(

@@ -187,9 +187,9 @@ def test_a_checkpoint_refuses_numbers_with_names_in_another_order(tmp_path):
         options = {"data_collator": None, "save_strategy": "steps", "save_steps": 2}
         return trainer(tmp_path, blora, rows=named, **options)
 
-    run("bad", "fair", "good").train()
+    run("poor", "fair", "good").train()
     with pytest.raises(DataError, match="must number the classes as"):
-        run("good", "fair", "bad").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        run("good", "fair", "poor").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path):

@@ -75,7 +75,7 @@ def test_an_alphabet_is_no_order():
     stars = rows.cast_column(
         "label", ClassLabel(names=["1 star", "10 stars", "2 stars", "3 stars"])
     )
-    with pytest.warns(UserWarning, match="in the alphabet's order"):
+    with pytest.warns(UserWarning, match="in alphabetical order"):
         fit(adapter("order"), words, **FEW)
     for data in (stars, DataLoader(stars, 4, collate_fn=ClassificationCollator(TOKENIZER))):
         with pytest.raises(DataError, match="quantities in their order"):
