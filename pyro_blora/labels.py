@@ -284,7 +284,7 @@ def check_choices(rows: Any) -> None:
 
 
 def check_numbers(names: Sequence[str]) -> None:
-    """Refuses names of quantities that are other numbers, or in alphabetical order alone."""
+    """Refuses names that are other numbers than the labels, or numbers in alphabetical order."""
     for k, name in enumerate(names):
         try:
             is_other = float(name) != k
@@ -295,9 +295,9 @@ def check_numbers(names: Sequence[str]) -> None:
                 f"The labels must be numbers as they are, got a ClassLabel that has {k} for "
                 f"{name!r}; keep a column of the numbers, and encode a copy of it."
             )
-    heads = [float(m[0]) for name in names if (m := re.match(r"-?\d+(\.\d+)?", name))]
     if len(names) < 3 or [*names] != sorted(names):  # as an encoding of texts makes them
         return
+    heads = [float(m[0]) for name in names if (m := re.match(r"-?\d+(\.\d+)?", name))]
     if len(heads) == len(names) and heads != sorted(heads):
         raise DataError(
             f"The labels must be quantities in their order, got a ClassLabel of {list(names)}; "
@@ -305,7 +305,7 @@ def check_numbers(names: Sequence[str]) -> None:
         )
     if len(heads) < len(names):
         warnings.warn(
-            f"The labels are quantities, and their names are in alphabetical order, "
+            "The labels are quantities, and their names are in alphabetical order, "
             f"{list(names)}; if that is not theirs, make a column of numbers from the names.",
             stacklevel=2,
         )

@@ -59,10 +59,8 @@ class Shifted(Plain):
     def forward(self):
         mean = pyro.sample(self.site("mean"), self.normal())
         with self.plate():
-            around = self.normal(self.group.d_out, self.rank).base_dist
-            B = pyro.sample(
-                self.site("B"), dist.Normal(mean[..., None, None], around.scale).to_event(2)
-            )
+            one = torch.ones(self.group.d_out, self.rank)
+            B = pyro.sample(self.site("B"), dist.Normal(mean[..., None, None], one).to_event(2))
         return LowRankUpdate(A=self.A, B=B)
 
 

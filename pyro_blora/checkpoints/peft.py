@@ -359,6 +359,7 @@ def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_sample
                 "A draw is not a LoRA if it has noise; export the mean, or use "
                 "conditional='deterministic'."
             )
+    _check_layers(model)
     loras = [_lora(model, updates, temperature, k) for k in range(len(places))]
     texts = _numbers_of(model, temperature)
     _check_exports(folder, places, (PEFT_WEIGHTS, PEFT_CONFIG, *texts), num_samples)
@@ -434,6 +435,7 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
         raise ConfigurationError(
             f"{type(model.net).__name__} has another adapter; merge that first, and adapt the base."
         )
+    _check_layers(model)
     config, tensors = _lora(model, posterior.draws(0), temperature, 0)
     from peft import get_peft_model, set_peft_model_state_dict
 
@@ -466,7 +468,6 @@ def _lora(
     """PEFT's configuration and tensors; a head's last layer is divided by the temperature."""
     from peft import LoraConfig
 
-    _check_layers(model)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for group in model.groups:
@@ -520,9 +521,7 @@ def _check_layers(model: BayesianLoRAModel) -> None:
         config = LoraConfig(r=1, target_modules=["layer"], fan_in_fan_out=transposed)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # PEFT repeats those that matter when the LoRA is loaded
+                warnings.simplefilter("ignore")  # PEFT repeats them when the LoRA is loaded
                 inject_adapter_in_model(config, nn.ModuleDict({"layer": module}))
         except ValueError as error:
             raise ConfigurationError(

@@ -140,7 +140,7 @@ class NumberCollator:
         return batch
 
     def labels(self, rows: Sequence[Any]) -> Tensor:
-        """The labels of rows as numbers, ``(B, ...)``, called if the first row has ``label``."""
+        """The labels as numbers, ``(B, ...)``; called only if the first row has a ``label``."""
         return torch.tensor([float(row["label"]) for row in rows])
 
 

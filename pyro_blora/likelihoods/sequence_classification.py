@@ -274,10 +274,11 @@ class SequenceClassification(Likelihood):
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""
         known = logit_names(net) if self.classes is None else self.classes
         if _are_logits(given, net) and not self.classes:
-            named = logit_names(net) if are_numbers(logit_names(net)) else ()
-            fixed = named or logit_names(net) or self.classes == () or self.by_numbers
-            numbers = map(str, range(max(map(int, given), default=-1) + 1))
-            check_places(given, named or tuple(numbers) if fixed else given)
+            own = logit_names(net)
+            places = own if are_numbers(own) else ()
+            if not places and (own or self.classes == () or self.by_numbers):  # a number is one
+                places = tuple(map(str, range(max(map(int, given), default=-1) + 1)))
+            check_places(given, places or given)
             given = ()
         if not self.classes and None in [place_of(name, known) for name in given]:
             known = tuple(given) if self.classes is None else self._names_of_numbers(net, given[0])

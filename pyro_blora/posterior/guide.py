@@ -11,7 +11,7 @@ from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.distributions import Independent
+from torch.distributions import Independent, kl_divergence
 
 from pyro_blora.distributions import Members
 from pyro_blora.errors import ConfigurationError, check_kind
@@ -125,19 +125,18 @@ def analytic_kl(guide: nn.Module, model: BayesianLoRAModel) -> Tensor | None:
     """KL[q(U) || p(U)] summed over all sites in nats, or ``None`` if it is not analytic."""
     if not isinstance(guide, StructuredGuide) or point_masses(guide):
         return None
-    totals = []
+    found: list[list[Tensor]] = []  # by draw and site
     with torch.no_grad(), draws_apart(guide, model.groups[0].device):
         for _ in range(2):  # draws, between which the KL differs if a site depends on another
             q = pyro.poutine.trace(guide).get_trace()
             p = pyro.poutine.trace(pyro.poutine.replay(model.updates, trace=q)).get_trace()
             pairs = [[trace.nodes[site.name]["fn"] for trace in (q, p)] for site in model.sites]
             try:
-                parts = [torch.distributions.kl_divergence(*pair).sum().cpu() for pair in pairs]
+                found.append([kl_divergence(*pair).sum().cpu() for pair in pairs])
             except NotImplementedError:
                 return None
-            totals.append(parts)
-    same = all(map(torch.equal, *totals))
-    return sum(totals[0], torch.zeros(())) if same else None
+    same = all(map(torch.equal, *found))
+    return sum(found[0], torch.zeros(())) if same else None
 
 
 def make_guide(

@@ -21,7 +21,7 @@ from classifiers import (
     labels_of,
     relabeled,
 )
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
@@ -232,22 +232,9 @@ def test_a_second_text_is_a_text_or_nothing(small):
             fit(blora, [*rows, {"text": "a", "text_pair": pair, "label": 0}], num_steps=1)
 
 
-class Streamed(IterableDataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
-
-
-class Sized(Streamed):
-    def __len__(self):
-        return len(self.rows)
-
-
 def test_streams_with_a_length_and_chains_of_streams_are_read_as_streams(small):
     collate = ClassificationCollator(small, NAMES)
-    for data in (Sized(ROWS), Streamed(ROWS[:5]) + Streamed(ROWS[5:])):
+    for data in (tiny.SizedStream(ROWS), tiny.Stream(ROWS[:5]) + tiny.Stream(ROWS[5:])):
         blora = adapter(small)
         blora.likelihood.num_data = len(ROWS)
         loader = DataLoader(data, 4, collate_fn=collate)

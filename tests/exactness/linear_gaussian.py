@@ -2,25 +2,20 @@
 
 import pyro.distributions as dist
 import torch
+from own_classes import OfX
 from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_blora import BayesianLoRA
 from pyro_blora.distributions import Reshaped
-from pyro_blora.likelihoods import Likelihood
 from pyro_blora.models import KroneckerInducing
 
 NOISE = 0.3
 SIGMA = 1.5
 
 
-class Observed(Likelihood):
+class Observed(OfX):
     """``y = W x + noise``; a batch has ``x`` (B x d_in) and ``labels`` (B x d_out)."""
-
-    keys = ("x",)
-
-    def logits(self, net, batch):
-        return net(batch["x"])
 
     def distribution(self, logits, labels):
         return dist.Normal(logits, NOISE).to_event(1)
