@@ -24,7 +24,8 @@ class Laplace(Delta):
     with :math:`J_b` the Jacobian of example :math:`b`'s logits and :math:`\Lambda_b =
     \mathrm{diag}(p_b) - p_b p_b^\top` (generalized Gauss-Newton). It trains like :class:`Delta`;
     then :func:`pyro_blora.inference.finish` computes ``H`` by one backward pass for each class, and
-    chooses :math:`\delta` for each site by the marginal likelihood.
+    chooses :math:`\delta` for each site by the marginal likelihood. A site of which the logits know
+    nothing keeps the width of its prior.
 
     Args:
         structure: ``"kron"`` for a Kronecker product of a row and a column factor in each layer,
@@ -105,8 +106,12 @@ class Laplace(Delta):
         chosen = {}
         for name, family in families.items():
             values, *bases = family._eigen(sums[name], (num_data or seen) / seen)
-            chosen[name] = delta = best_precision(values, family.loc)
-            family.width.copy_((values + delta).rsqrt())
+            if values.any():
+                chosen[name] = delta = best_precision(values, family.loc)
+                family.width.copy_((values + delta).rsqrt())
+            else:  # it is in the density of another site alone, and keeps its prior's width
+                family.width.copy_(family.site.start()[1])
+                chosen[name] = float(family.width.square().mean().reciprocal())
             for side, basis in zip(("row_basis", "col_basis"), bases, strict=False):
                 getattr(family, side).copy_(basis)
             family.finished = True

@@ -202,6 +202,17 @@ def features_of(rows: Any) -> Mapping[str, Any]:
     return features if isinstance(features, Mapping) else {}
 
 
+def warn_of_lost_names(rows: Any, known: Sequence[str]) -> None:
+    """Warns if a stream of ``datasets`` no longer knows what numbers mean, though ``known`` do."""
+    if known and any(getattr(part, "features", {}) is None for part in parts_of(rows)):
+        warnings.warn(
+            "The data set is a stream whose columns have no types, so that numbers among its "
+            f"labels are read as places in {list(known)}. Pass features= to its map, so that a "
+            "ClassLabel keeps the names by which they are checked.",
+            stacklevel=7,
+        )
+
+
 def are_numbers(names: Iterable[Any]) -> bool:
     """Whether all names of classes are whole numbers, as such or as texts."""
     plain = map(_plain, names)

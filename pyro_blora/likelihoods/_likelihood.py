@@ -24,6 +24,7 @@ from pyro_blora.labels import (
     check_places,
     checked_labels,
     classes_of,
+    warn_of_lost_names,
 )
 from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
 from pyro_blora.likelihoods.reading import in_single_precision
@@ -177,6 +178,7 @@ class Likelihood(Options, PyroModule):
         if self.labels_count:
             check_numbers(names)
         if keeps_names:
+            warn_of_lost_names(rows, self.data_names)
             self.check_names(names, training)
 
     def check_names(self, names: Sequence[str], training: bool) -> None:

@@ -25,6 +25,7 @@ from pyro_blora.labels import (
     label_of,
     names_of,
     place_of,
+    warn_of_lost_names,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
 from pyro_blora.likelihoods._prompts import NumberCollator, choices_of, is_from
@@ -254,8 +255,11 @@ class SequenceClassification(Likelihood):
         names = next(filter(None, (classes_of(whole, name) for name in self.label_columns)), [])
         if ours and not given:
             names = choices_of(whole) or names
-        if not (collate is None or is_from(collate, "transformers.", "torch.")):
-            names = names if ours and not ours.data_names else []  # by which it reads labels
+        reads = collate is None or is_from(collate, "transformers.", "torch.")
+        if not (reads or (ours and not ours.data_names)):
+            names = []  # the collator has its own
+        else:
+            warn_of_lost_names(whole, given or self.classes or logit_names(net) or self.data_names)
         if given and names:  # numbers are read as they are, or as names that are numbers
             read = [given[label_of(k, given)] for k in range(len(names))]
             check_places(names, read, unknown=True)

@@ -7,7 +7,8 @@ import tiny
 import torch
 from own_classes import Centered, Plain, Scaled, Shifted, Spread
 
-from pyro_blora.guides import Delta, Ensemble, MeanField, Site
+from pyro_blora.guides import Delta, Ensemble, Laplace, MeanField, Site
+from pyro_blora.inference import finish
 from pyro_blora.posterior.linearized import logit_jacobian
 from pyro_blora.testing import GuideContract, PriorContract
 from pyro_blora.updates import LowRankUpdate
@@ -44,6 +45,17 @@ def test_a_linearization_ignores_a_site_of_another_density():
     drawn, linear = blora.predict(batch, 2000), blora.predict(batch, 2000, linearized=True)
     torch.testing.assert_close(drawn.probs, linear.probs, atol=0.01, rtol=0)
     assert not logit_jacobian(blora.model, blora.guide, batch)[1]["q_proj.tau"].any()
+
+
+def test_laplace_leaves_a_site_of_another_density_the_width_of_its_prior():
+    blora, batch = tiny.adapted(prior=Centered(), guide=Laplace()), tiny.sequences()
+    found = finish(blora, tiny.examples(), collate=tiny.collate, progress=False)
+    family = blora.guide.families()["q_proj.tau"]
+    width = family.site.start()[1]
+    assert torch.equal(family.width, width)
+    assert found["q_proj.tau"] == pytest.approx(width.item() ** -2)
+    drawn, linear = blora.predict(batch, 2000), blora.predict(batch, 2000, linearized=True)
+    torch.testing.assert_close(drawn.probs, linear.probs, atol=0.02, rtol=0)
 
 
 class Own(Plain):

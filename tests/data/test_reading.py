@@ -1,5 +1,6 @@
 """How rows of every kind become batches, and which of them are refused."""
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -76,6 +77,14 @@ def test_the_loaders_of_a_trainer_have_the_names(
         blora.reading(DataLoader(stream, 4), None)
     with pytest.raises(DataError, match=r"number the classes as \['neg', 'pos'\]"):
         trainer.predict(stream)
+    untyped = stream.map(lambda row: row)  # which has lost the ClassLabel
+    with pytest.warns(UserWarning, match=r"read as places in \['neg', 'pos'\]"):
+        blora.reading(DataLoader(untyped, 4), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blora.reading(DataLoader(untyped, 4, collate_fn=list), None)  # which reads them itself
+    with pytest.raises(DataError, match=r"number the classes as \['neg', 'pos'\]"):
+        blora.reading(DataLoader(stream.map(dict, features=stream.features), 4), None)
 
 
 def test_a_transform_is_kept(small):
