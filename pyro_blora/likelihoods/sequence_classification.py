@@ -264,6 +264,8 @@ class SequenceClassification(Likelihood):
             read = [given[label_of(k, given)] for k in range(len(names))]
             check_places(names, read, unknown=True)
         self._check_order(given, names, net)
+        if training and self.classes is None and (given or names):
+            class_names(net, given or names)  # refuses another number of them than of outputs
         if training and given:
             self.classes = self.classes or given
         elif training and names and self.classes is None and {*names} <= {*logit_names(net)}:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = """
 import logging, os, sys, warnings
@@ -38,6 +40,7 @@ from pyro_blora.data import *
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_no_global_state_and_makes_no_second_copy():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT)
     # A warning at import would be one that every user sees; torch's own of its script is not ours

@@ -17,11 +17,13 @@ PRIORS, FAMILIES = tiny.priors(), tiny.families()
 NO_NORMAL_AT_THE_START = {"Flow"}
 # Roles and the fall of the loss do not depend on what a class is paired with
 OF_ONE_CLASS = ("the_loss_falls", "every_parameter_is_a_pyro_param_with_a_role")
+DEFAULT, SLOW = ("KroneckerInducing", "MatrixNormal"), pytest.mark.slow
 LEFT_OUT = {f"test_{name}": None for name in OF_ONE_CLASS}
 for prior in PRIORS:
     for family in FAMILIES:
         pair = {"prior": PRIORS[prior], "guide": FAMILIES[family]}
-        tiny.contract(globals(), PairContract, prior + family, parts=pair, **LEFT_OUT)
+        marks = {} if prior == DEFAULT[0] or family == DEFAULT[1] else {"pytestmark": SLOW}
+        tiny.contract(globals(), PairContract, prior + family, parts=pair, **LEFT_OUT, **marks)
 # Each class by itself, with one of the user's own
 for prior, made in PRIORS.items():
     parts = {"prior": made, "guide": Spread()}

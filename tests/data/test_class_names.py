@@ -162,6 +162,14 @@ def test_a_loader_may_have_the_first_classes_alone_or_spell_them_otherwise(
             labels_of(blora, loader)
 
 
+def test_a_loader_of_fewer_names_than_outputs_is_refused_before_a_step(small, forms, collators):
+    encoded = DataLoader(forms["encoded"].remove_columns("text"), collate_fn=collators["padding"])
+    named = DataLoader(forms["rows"], collate_fn=ClassificationCollator(small, NEG_POS))
+    for loader in (encoded, named):
+        with pytest.raises(ConfigurationError, match="must have a logit for each of the classes"):
+            fit(adapter(small, num_labels=3), loader, num_steps=1, progress=False)
+
+
 def test_names_that_are_numbers_are_read_alike_after_any_training(small):
     """The network says that its logits are called 1 and 2."""
     rows = [{**row, "label": str(1 + k % 2)} for k, row in enumerate(ROWS)]

@@ -150,6 +150,7 @@ class Sharpened(guides.MeanField):
         return pyro.distributions.Delta(value, q.log_prob(value), event_dim=2)
 
 
+@pytest.mark.slow
 def test_a_delta_with_a_density_is_no_point():
     """Against the same distribution written as a normal, whose KL has a closed form."""
     found = {}

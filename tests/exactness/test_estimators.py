@@ -63,6 +63,7 @@ def test_particles_must_divide_the_batch(kind):
         tiny.elbo(4, kind).loss(blora.model, blora.guide, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", COUNTS)
 def test_variance_is_that_of_the_shares(particles):
     """``(N/B)^2`` times the covariance of the examples' losses, summed within each share alone."""
@@ -84,6 +85,7 @@ def test_variance_is_that_of_the_shares(particles):
     assert (losses.var() - expected).abs() < 4 * error
 
 
+@pytest.mark.slow
 def test_a_particle_per_example_has_lower_variance_than_a_shared_draw():
     """B equal examples: the noise of B draws averages out, to exactly 1/B of the variance."""
     blora, batch = make("LabelTokens")

@@ -133,6 +133,7 @@ def test_gradients_of_pyro_s_elbo_are_the_exact_ones_in_expectation(family):
     assert exact.abs().max() > 20 * error.max()
 
 
+@pytest.mark.slow
 def test_svi_itself_reaches_the_posterior():
     toy = Toy(MatrixNormal(init_scale=1.0), ranks=(1, 3))
     decay = {"lr": 0.1, "lrd": 0.05 ** (1 / 400)}

@@ -49,6 +49,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prior", "family"), PAIRS, ids=repr)
 def test_with_a_narrow_posterior_it_is_the_sampled_predictive(prior, family):
     blora, batch = tiny.adapted(prior=prior, guide=family), tiny.sequences(6)

@@ -1,11 +1,13 @@
 """The moments of SVI beside those of NUTS, the second opinion."""
 
+import pytest
 from linear_gaussian import Toy
 from pyro.infer import MCMC, NUTS
 
 from pyro_blora.guides import FullRank
 
 
+@pytest.mark.slow
 def test_the_moments_of_svi_are_those_of_nuts():
     full = Toy(FullRank(), ranks=(1, 2)).fit()
     mcmc = MCMC(NUTS(full.blora.model), 300, warmup_steps=100, disable_progbar=True)

@@ -86,6 +86,7 @@ def bert(factor):
     return net, SequenceClassification(num_data=24), ["query", "value"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The adapter has not learned")  # because its head stays
 @pytest.mark.parametrize("factor", [0.25, 4.0])
 @pytest.mark.parametrize("make", [llama, bert])
