@@ -31,7 +31,9 @@ def choices_of(rows: Any) -> list[str]:
         read = (
             part if isinstance(part, list | tuple) else [part[0]] if is_sized and len(part) else ()
         )
-        found |= dict.fromkeys(row.choices for row in read if isinstance(row, Item))
+        items = (vars(row) if isinstance(row, Item) else row for row in read)
+        items = (row for row in items if isinstance(row, Mapping) and "question" in row)
+        found |= dict.fromkeys(tuple(item["choices"]) for item in items)
     if len(found) > 1:
         raise DataError(
             "The items of a DataLoader must have the same choices in the same order, got "

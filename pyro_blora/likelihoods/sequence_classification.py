@@ -253,8 +253,10 @@ class SequenceClassification(Likelihood):
         ours = collate if isinstance(collate, ClassificationCollator) else None
         given = ours.classes if ours else ()
         names = next(filter(None, (classes_of(whole, name) for name in self.label_columns)), [])
-        if ours and not given:
-            names = choices_of(whole) or names
+        if ours and not given and (choices := choices_of(whole)):
+            # it reads a choice that is a number as the place of a logit
+            count = max(map(int, choices)) + 1 if are_numbers(choices) else 0
+            names = [*map(str, range(count))] or choices
         reads = collate is None or is_from(collate, "transformers.", "torch.")
         if not (reads or (ours and not ours.data_names)):
             names = []  # the collator has its own

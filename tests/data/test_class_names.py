@@ -32,6 +32,7 @@ from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
 from pyro_blora.errors import CheckpointError, ConfigurationError, DataError
 from pyro_blora.inference import bayesianize
+from pyro_blora.items import Item
 from pyro_blora.likelihoods import ClassificationCollator, SequenceClassification
 
 AS_NEG_POS = r"classes as \['neg', 'pos'\], got \['pos', 'neg'\]"
@@ -190,6 +191,11 @@ def test_a_collator_gives_numbers_no_other_places(small):
     for blora in (trained, adapter(small, ("0", "1", "2", "3"))):
         with pytest.raises(DataError, match="must number the classes as"):
             labels_of(blora, rows, named[1])
+    blora, few = adapter(small, None, rows), [row for row in rows if row["label"] < 3]
+    items = [Item(row["text"], row["text"], ("1", "2", "3"), row["label"] - 1) for row in few]
+    assert labels_of(blora, items) == [item.label for item in items]
+    with pytest.raises(DataError, match="must number the classes as"):
+        labels_of(blora, DataLoader(items, 4, collate_fn=ClassificationCollator(small)))
 
 
 def test_a_data_set_is_read_whatever_the_case_of_its_classes(small, forms):

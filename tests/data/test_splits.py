@@ -77,6 +77,10 @@ def reviews(texts):
 
 FILMS = reviews(f"film {k}" for k in range(80))
 ENCODED = [{"input_ids": torch.tensor([5, k]), "labels": k % 2} for k in range(80)]
+PADDED = [
+    {"input_ids": [5, 3 + k // 3, *[0] * (k % 3)], "attention_mask": [1, 1, *[0] * (k % 3)]}
+    for k in range(240)
+]
 TWINS = [
     {"question": f"{n} _ {k}", "choices": [f"a{n}", f"b{n}"][:: 1 - 2 * k], "label": k}
     for n in range(40)
@@ -91,6 +95,7 @@ PAIRS = [{"chosen": f"film {a}", "rejected": f"film {b}"} for a, b in permutatio
 KEYS = {
     "films": (FILMS * 3, 80),
     "encoded": (ENCODED * 2, 80),
+    "padded": (PADDED, 80),
     "twins": (TWINS * 2, 40),
     "ranked": (RANKED, 20),
     "pairs": (PAIRS, 36),

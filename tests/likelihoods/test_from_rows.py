@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import peft
 import pytest
@@ -128,10 +128,12 @@ def test_choices_whose_numbers_have_names_in_another_order_are_refused():
             MultipleChoice().check_loader(loader, None, None, training=True)
 
 
-def test_a_loader_keeps_the_order_of_its_items_choices():
+@pytest.mark.parametrize("kind", [lambda item: item, asdict], ids=["items", "dictionaries"])
+def test_a_loader_keeps_the_order_of_its_items_choices(kind):
     collate = LabelTokensCollator(TOKENIZER, Template("{q}", "labels", (" good", " end")))
     items = [Item(str(k), f"is it {k} ?", ("no", "yes"), k % 2) for k in range(9)]
     turned = [replace(item, choices=("yes", "no"), label=1 - item.label) for item in items]
+    items, turned = [*map(kind, items)], [*map(kind, turned)]
     net = tiny.llama(vocab_size=len(TOKENIZER))
     blora = BayesianLoRA(net, likelihood=LabelTokens(token_ids=collate.token_ids))
     fit(blora, DataLoader(items, 4, collate_fn=collate), num_steps=1, progress=False)
