@@ -78,6 +78,11 @@ def checked_labels(
     If they are ``labeled``, each row must have a label, otherwise all or none.
     """
     first = rows[0]
+    if not isinstance(first, Mapping):
+        raise DataError(
+            f"Rows must be dictionaries, got {type(first).__name__}; load_task(data, as_rows=True) "
+            "keeps them."
+        )
     column = column or ("label" if {"label", "text"} & {*first} else "labels")
     has_label = labeled or column in first
     if not has_label and any(column in rows[k] for k in range(len(rows))):

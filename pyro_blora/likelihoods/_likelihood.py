@@ -26,7 +26,7 @@ from pyro_blora.labels import (
     classes_of,
     warn_of_lost_names,
 )
-from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
+from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, choices_of, is_from
 from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.network.targets import kind_of_head
 from pyro_blora.options import Options
@@ -174,7 +174,10 @@ class Likelihood(Options, PyroModule):
         keeps_names = "data_names" in self.options() and not isinstance(collate, PromptCollator)
         if not ours or not (self.labels_count or keeps_names):
             return
-        names = next(filter(None, (classes_of(rows, name) for name in ("label", "labels"))), [])
+        columns = (classes_of(rows, name) for name in ("label", "labels"))
+        names: Sequence[str] = next(filter(None, columns), [])
+        if isinstance(collate, NumberCollator):  # which gives texts the places of its own classes
+            names = names or getattr(collate, "classes", ()) or choices_of(rows)
         if self.labels_count:
             check_numbers(names)
         if keeps_names:

@@ -110,6 +110,21 @@ def test_numbers_whose_names_are_other_numbers_are_refused(kind):
     blora.evaluate(plain.class_encode_column("label"), num_samples=0)  # 0 to 2, which are as named
 
 
+def test_classes_in_an_order_keep_it_in_loaders_that_name_them():
+    grades = ("bad", "ok", "good")
+    rows = [{"text": f"film {k}", "label": grades[k % 3]} for k in range(12)]
+    loader = DataLoader(rows, 4, collate_fn=ClassificationCollator(TOKENIZER, grades))
+    fit(blora := adapter("order"), loader, **FEW)
+    turned = DataLoader(rows, 4, collate_fn=ClassificationCollator(TOKENIZER, grades[::-1]))
+    items = [Item(row["text"], row["text"], grades[::-1], 2 - k % 3) for k, row in enumerate(rows)]
+    blora.evaluate(loader, num_samples=0)
+    for data in (turned, DataLoader(items, 4, collate_fn=ClassificationCollator(TOKENIZER))):
+        with pytest.raises(DataError, match="must number the classes as"):
+            blora.evaluate(data, num_samples=0)
+    with pytest.raises(DataError, match="Rows must be dictionaries, got Item"):
+        blora.evaluate(items, num_samples=0)
+
+
 ITEMS = [{"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)]
 
 
