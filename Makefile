@@ -15,8 +15,8 @@ DEMO := --model smollm2 --task facts --methods split:lora,bayesian-lora --seeds 
 
 help:
 	@echo "make demo   install into .venv, fine-tune SmolLM2-135M as LoRA and as the default, compare (about 7 minutes on two cores)"
-	@echo "make check  lint, check types, and run the exactness and contract tests (two and a half minutes on two cores)"
-	@echo "make test   install into .venv and run the linter, the type checker and the tests (about 8 minutes)"
+	@echo "make check  lint, check types, and run the exactness and contract tests but the slow ones (a minute on two cores)"
+	@echo "make test   install into .venv and run the linter, the type checker and the tests (about 5 minutes)"
 	@echo "make test-lowest  run the tests on the oldest releases that setup.cfg allows"
 	@echo "make docs   install into .venv and build the site, out/docs/index.html"
 	@echo "make dist   build the wheel and the sdist, check them, try the wheel in a clean environment"

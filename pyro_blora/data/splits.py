@@ -52,7 +52,10 @@ def _content(row: Any) -> tuple[str, str] | None:
         prompt = read.get("prompt")  # in a data frame, one that is missing is a NaN
         return pair, (_plain(prompt) if isinstance(prompt, str) else "") or pair
     if "input_ids" in read:
-        text = str(_unpadded(read["input_ids"], read.get("attention_mask")))
+        ids, mask = listed(read["input_ids"]), listed(read.get("attention_mask"))
+        seen = [True] * len(ids) if mask is None else mask
+        # copies of a text may differ in padding; options, each with a mask of its own, keep theirs
+        text = str([listed(part) for part, m in zip(ids, seen, strict=True) if listed(m)])
     elif {"text", "prompt", "tokens"} & set(read):
         texts = [listed(read.get(name)) for name in _TEXTS]  # where None and a NaN are no texts
         text = "\n".join(_plain(each) for each in texts if isinstance(each, str | list | tuple))
@@ -63,15 +66,6 @@ def _content(row: Any) -> tuple[str, str] | None:
         text = "\n".join(_plain(part) for part in parts if isinstance(part, str | list | tuple))
         return ("", text) if text else None
     return (text, text) if text else None
-
-
-def _unpadded(ids: Any, mask: Any) -> Any:
-    """The ids of a row as lists, without those that a mask hides, since rows differ in padding."""
-    ids, mask = listed(ids), listed(mask)
-    if not isinstance(ids, list | tuple):
-        return ids
-    masks = mask if isinstance(mask, list | tuple) else [True] * len(ids)
-    return [_unpadded(part, m) for part, m in zip(ids, masks, strict=True) if listed(m)]
 
 
 def _plain(text: Any) -> str:

@@ -176,13 +176,15 @@ class Likelihood(Options, PyroModule):
             return
         columns = (classes_of(rows, name) for name in ("label", "labels"))
         names: Sequence[str] = next(filter(None, columns), [])
-        if isinstance(collate, NumberCollator):  # which gives texts the places of its own classes
-            names = names or getattr(collate, "classes", ()) or choices_of(rows)
+        # a ClassificationCollator gives texts the places of its own classes
+        given: Sequence[str] = () if names else getattr(collate, "classes", ())
+        if isinstance(collate, NumberCollator) and not (names or given):
+            names = choices_of(rows)
         if self.labels_count:
             check_numbers(names)
         if keeps_names:
             warn_of_lost_names(rows, self.data_names)
-            self.check_names(names, training)
+            self.check_names(names or given, training)
 
     def check_names(self, names: Sequence[str], training: bool) -> None:
         """Refuses names of numbers in another order than in training, which keeps them."""

@@ -85,7 +85,8 @@ class LabelTokens(Likelihood):
         super().check_loader(data, collate, net, training=training)
         collate = getattr(data, "collate_fn", collate)
         if isinstance(collate, LabelTokensCollator) and not collate.letters:
-            self.check_names(choices_of(getattr(data, "dataset", data)), training)
+            rows = getattr(data, "dataset", data)
+            self.check_names(choices_of(rows, of_dictionaries=True), training)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""

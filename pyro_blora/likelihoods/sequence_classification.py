@@ -257,11 +257,11 @@ class SequenceClassification(Likelihood):
             # it reads a choice that is a number as the place of a logit
             count = max(map(int, choices)) + 1 if are_numbers(choices) else 0
             names = [*map(str, range(count))] or choices
-        reads = collate is None or is_from(collate, "transformers.", "torch.")
-        if not (reads or (ours and not ours.data_names)):
-            names = []  # the collator has its own
-        else:
+        plain = collate is None or is_from(collate, "transformers.", "torch.")
+        if plain or (ours and not ours.data_names):
             warn_of_lost_names(whole, given or self.classes or logit_names(net) or self.data_names)
+        else:
+            names = []  # the collator reads labels by itself
         if given and names:  # numbers are read as they are, or as names that are numbers
             read = [given[label_of(k, given)] for k in range(len(names))]
             check_places(names, read, unknown=True)

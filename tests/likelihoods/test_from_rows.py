@@ -123,6 +123,12 @@ def test_classes_in_an_order_keep_it_in_loaders_that_name_them():
             blora.evaluate(data, num_samples=0)
     with pytest.raises(DataError, match="Rows must be dictionaries, got Item"):
         blora.evaluate(items, num_samples=0)
+    stars = [{"text": f"film {k}", "label": str(1 + k % 3), "question": "?"} for k in range(12)]
+    loader = DataLoader(stars, 4, collate_fn=ClassificationCollator(TOKENIZER, ("1", "2", "3")))
+    fit(adapter("order"), loader, **FEW)  # names that are other numbers than their places
+    numbered = [{**row, "label": k % 3} for k, row in enumerate(stars)]
+    loader = DataLoader(numbered, 4, collate_fn=ClassificationCollator(TOKENIZER))
+    fit(adapter("order"), loader, **FEW)  # a question is no item
 
 
 ITEMS = [{"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)]
