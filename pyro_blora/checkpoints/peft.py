@@ -456,7 +456,7 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
     lora = get_peft_model(net, config)
     set_peft_model_state_dict(lora, tensors)
     merged: Any = lora.merge_and_unload()
-    if classes := getattr(model.likelihood, "classes", None):
+    if (classes := getattr(model.likelihood, "classes", None)) and hasattr(merged, "config"):
         merged.config.id2label = dict(enumerate(classes))
         merged.config.label2id = {name: k for k, name in enumerate(classes)}
     return merged

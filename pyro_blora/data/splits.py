@@ -18,8 +18,8 @@ def keys_of(rows: Any) -> list[str]:
 
     That is its text, its token ids, its question, or if it has none of these columns all of its
     texts and tensors, unless most rows share them. A few questions with the same choices are twins,
-    such as the sentences of a WinoGrande pair, and share the choices alone. Pairs of texts share
-    their prompt, which may have several, unless it has more than an eighth of them.
+    such as the sentences of a WinoGrande pair. Pairs of texts share their prompt, which may have
+    several, and rows of options their question, unless it has more than an eighth of them.
     """
     contents = [_content(rows[k]) for k in range(len(rows))]
     if len(rows) and isinstance(rows[0], Mapping) and "chosen" in rows[0]:
@@ -31,15 +31,27 @@ def keys_of(rows: Any) -> list[str]:
     others = [text for question, text in filter(None, contents) if not question]
     if 2 * len(set(others)) < len(others):  # classes or constants, which do not tell rows apart
         contents = [each if each and each[0] else None for each in contents]
-    questions: dict[str, set[str]] = {}
-    for question, choices in filter(None, contents):
-        questions.setdefault(choices, set()).add(question)
+    different = {*filter(None, contents)}
+    asked, offered = (Counter(each[part] for each in different) for part in (0, 1))
     keys, few = [], max(2, len(contents) // 20)
     for k, each in enumerate(contents):
-        twins = each is not None and len(questions) > 1 and len(questions[each[1]]) <= few
+        twins = each is not None and len(offered) > 1 and offered[each[1]] <= few
         # classes, which many rows share, are no part of a key: a new one would move all rows
         keys.append(f"row {k}" if each is None else each[1] if twins else each[0] or each[1])
-    return keys
+    joined: dict[str, str] = {}  # keys of one question, each with another of them
+
+    def end_of(key: str) -> str:
+        while key in joined:
+            key = joined[key]
+        return key
+
+    first: dict[str, str] = {}
+    for each, key in zip(contents, keys, strict=True):
+        if each and each[0] and asked[each[0]] <= max(2, len(contents) // 8):
+            ends = {end_of(key), end_of(first.setdefault(each[0], key))}
+            if len(ends) > 1:
+                joined[max(ends)] = min(ends)
+    return [end_of(key) for key in keys]
 
 
 def _content(row: Any) -> tuple[str, str] | None:

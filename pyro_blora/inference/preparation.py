@@ -55,7 +55,7 @@ def prepare(
     if train is not None:
         every, collate_train = blora.reading(train, collate)  # first, as it may name the classes
         if validations:  # which cannot name them any more
-            blora.likelihood.settle_classes()
+            blora.likelihood.settle_classes(blora.net)
         share = _share(blora, every, held_out)
         size, likelihood = size_of(every), blora.likelihood
         likelihood.num_data = count = likelihood.num_data or size  # with those held out
@@ -117,7 +117,7 @@ def begin_training(blora: BayesianLoRA) -> None:
         temperature.fill_(1)
     for family in post_hoc_families(blora).values():
         family.finished = False
-    blora.likelihood.settle_classes()
+    blora.likelihood.settle_classes(blora.net)
 
 
 class Snapshot:

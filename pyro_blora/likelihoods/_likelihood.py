@@ -196,7 +196,7 @@ class Likelihood(Options, PyroModule):
         """Says that the network's head was trained before and stays as it is."""
         self.trained_head.fill_(True)
 
-    def settle_classes(self) -> None:
+    def settle_classes(self, net: nn.Module) -> None:
         """Fixes the classes when a training begins; by default does nothing."""
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -147,9 +147,11 @@ class SequenceClassification(Likelihood):
         super().keep_head(net)
         self.classes = self.classes or logit_names(net)
 
-    def settle_classes(self) -> None:
-        """From now on a head without names of its classes is one of numbers."""
+    def settle_classes(self, net: nn.Module) -> None:
+        """From now on a head without names of its classes is one of numbers of its logits."""
         self.classes = self.classes or ()
+        if not self.classes:  # another base may not name its logits
+            self.data_names = self.data_names or logit_names(net)
 
     def read(
         self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -156,6 +157,30 @@ def test_a_merged_network_stands_by_itself(name, tmp_path):
     torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
     assert not any(module._forward_hooks for module in whole.modules())
     moved(whole)
+
+
+class Bare(torch.nn.Module):
+    """A classifier without a configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.classifier = torch.nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask):
+        x = torch.nn.functional.one_hot(input_ids[:, 0], 4).to(self.query.weight)
+        logits = self.classifier(torch.tanh(self.query(x)) + self.value(x))
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_network_without_a_configuration_is_merged():
+    likelihood = SequenceClassification(num_data=12, classes=("no", "yes"))
+    blora = moved(Bare(), likelihood=likelihood)
+    ids = torch.arange(4).unsqueeze(1)
+    batch = {"input_ids": ids, "attention_mask": ids + 1}
+    expected = blora.predict(batch, 0).probs
+    found = blora.merge_and_unload()(**batch).logits.softmax(-1)
+    torch.testing.assert_close(found, expected)
 
 
 PARTS = [("distilbert", "classifier"), ("roberta", "classifier.out_proj")]

@@ -248,6 +248,24 @@ def test_a_head_without_names_is_not_read_by_two_numberings(batched, lora, small
             blora = BayesianLoRA.from_pretrained(net, tmp_path, **options, **likelihood)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_numbers_of_named_logits_mean_the_same_on_a_base_without_names(batched, small, tmp_path):
+    rows = [{**row, "label": NAMES.index(row["label"])} for row in ROWS]
+    train = [{**small(row["text"]), "label": row["label"]} for row in rows]
+    loader = DataLoader(train, 4, collate_fn=DataCollatorWithPadding(small))
+    trained = adapter(small, NAMES, loader if batched else rows)
+    trained.save_pretrained(tmp_path / "own")
+    trained.export_peft(tmp_path / "peft")
+    net, data = trained.unwrap(), datasets.Dataset.from_list(rows)
+    net.config.id2label = classifier(small).config.id2label
+    for read, name in (("from_pretrained", "own"), ("from_peft", "peft")):
+        blora = getattr(BayesianLoRA, read)(net, tmp_path / name, tokenizer=small)
+        assert labels_of(blora, relabeled(data, NAMES)) == [0, 1, 2] * 4
+        with pytest.raises(DataError, match="must number the classes as"):
+            labels_of(blora, relabeled(data, NAMES[::-1]))
+        blora.unwrap()
+
+
 @pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which knows nothing, because it is random
 def test_the_order_of_a_trained_head_is_never_guessed(lora, small, tmp_path):
     blora = BayesianLoRA.from_peft(classifier(small), tmp_path, tokenizer=small)

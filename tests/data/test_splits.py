@@ -91,6 +91,11 @@ RANKED = [  # every pair of an answer and another one, in both orders
     for n in range(20)
     for a, b in permutations(range(4), 2)
 ]
+ASKED_AGAIN = [  # a question with other distractors; each has a twin with the same choices
+    {"question": f"{n // 3}{sign}", "choices": [f"answer {n // 3}", f"wrong {n}"], "label": 0}
+    for n in range(90)
+    for sign in "?!"
+]
 PAIRS = [{"chosen": f"film {a}", "rejected": f"film {b}"} for a, b in permutations(range(9), 2)]
 KEYS = {
     "films": (FILMS * 3, 80),
@@ -98,6 +103,7 @@ KEYS = {
     "padded": (PADDED, 80),
     "twins": (TWINS * 2, 40),
     "ranked": (RANKED, 20),
+    "asked again": (ASKED_AGAIN, 30),
     "pairs": (PAIRS, 36),
     "no prompt of a data frame": ([{"prompt": math.nan, **row} for row in PAIRS], 36),
 }
@@ -141,6 +147,8 @@ def test_choices_or_a_prompt_that_many_rows_share_do_not_tie_them():
     assert len(set(keys_of([*few, *TWINS[4:]])[:4])) == 1
     classes = [{"question": f"{k}?", "choices": ["no", "yes"], "label": 0} for k in range(9)]
     assert len(set(keys_of(classes))) == 9
+    constant = [{**row, "question": "Which?"} for row in TWINS]
+    assert len(set(keys_of(constant))) == 40
     assert len(set(keys_of([{"prompt": "Which?", **row} for row in PAIRS]))) == 36
     same = [classes[0]] * 9
     assert len(hold_out(same, 0.5)[1]) == 0  # of one text nothing can be held out
