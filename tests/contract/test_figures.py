@@ -47,7 +47,7 @@ def test_the_readme_shows_what_its_program_printed():
         for k, row in enumerate(document["rows"])
     ]
     assert Comparison(rows).to_markdown() in readme
-    said = r"wrong in (\d+) of the (\d+) answers .*?the draws in (\d+) of (\d+),"
+    said = r"wrong on (\d+) of its (\d+) answers .*?the draws on (\d+) of (\d+),"
     (counts,) = re.findall(said, readme, re.DOTALL)
     lora, _, ours = Comparison(rows).columns()["wrong above 95 %"]
     assert [lora, ours] == [" of ".join(counts[:2]), " of ".join(counts[2:])]
