@@ -512,20 +512,25 @@ def _lora(
 
 
 def _check_layers(model: BayesianLoRAModel) -> None:
-    """Raises ConfigurationError if PEFT has no LoRA for a class of layers."""
+    """Raises ConfigurationError if PEFT has no LoRA for a class of layers, or for their names."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    kinds = {type(module): module for group in model.groups for module in group.modules}
-    for kind, module in kinds.items():
-        transposed = kind.__name__ == "Conv1D"
-        config = LoraConfig(r=1, target_modules=["layer"], fan_in_fan_out=transposed)
+    kinds = {
+        (type(module).__name__, name.rpartition(".")[-1]): module
+        for group in model.groups
+        for name, module in zip(group.module_names, group.modules, strict=True)
+    }
+    for (kind, name), module in kinds.items():
+        config = LoraConfig(r=1, target_modules=[name], fan_in_fan_out=kind == "Conv1D")
+        alone: Any = nn.ModuleDict({name: module})
+        alone.config = getattr(model.net, "config", {})  # some names PEFT refuses by the network
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT repeats them when the LoRA is loaded
-                inject_adapter_in_model(config, nn.ModuleDict({"layer": module}))
+                inject_adapter_in_model(config, alone)
         except ValueError as error:
             raise ConfigurationError(
-                f"PEFT has no LoRA for a {kind.__name__}, so the adapter can be neither exported "
+                f"PEFT has no LoRA for the {kind} {name}, so the adapter can be neither exported "
                 "nor merged; leave these layers out with exclude_modules, or use save_pretrained."
             ) from error
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import TorchAoConfig
+from transformers import MambaConfig, MambaForCausalLM, TorchAoConfig
 
 from pyro_blora import BayesianLoRA, models
 from pyro_blora.errors import CheckpointError, ConfigurationError
@@ -244,7 +244,16 @@ def with_a_layer_of_its_own():
     return moved(net)
 
 
-@pytest.mark.parametrize("make", [with_a_lora, with_a_head_in_a_head, with_a_layer_of_its_own])
+def with_a_layer_that_peft_refuses_by_its_name():
+    config = MambaConfig(vocab_size=100, hidden_size=8, state_size=4, num_hidden_layers=1)
+    return moved(MambaForCausalLM(config).eval(), target_modules=["in_proj", "out_proj"])
+
+
+CANNOT = [with_a_lora, with_a_head_in_a_head, with_a_layer_of_its_own]
+CANNOT += [with_a_layer_that_peft_refuses_by_its_name]
+
+
+@pytest.mark.parametrize("make", CANNOT)
 def test_what_cannot_be_merged_stays_adapted(make, tmp_path):
     blora = make()
     before = mean_logits(blora)
