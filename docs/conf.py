@@ -1,5 +1,6 @@
 """How Sphinx makes the site of these pages: ``make docs``."""
 
+import base64
 import json
 import os
 import re
@@ -51,6 +52,10 @@ def bring_the_tutorials(app: Any) -> None:
     """Sphinx reads what is below its own folder alone: a copy."""
     shutil.rmtree(HERE / "tutorials", ignore_errors=True)  # a notebook may have gone
     shutil.copytree(HERE.parent / "tutorials", HERE / "tutorials")
+    for path in (HERE / "tutorials").glob("*.ipynb"):  # whose first figure is its thumbnail
+        outputs = (o for c in json.loads(path.read_bytes())["cells"] for o in c.get("outputs", ()))
+        figures = (o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", ()))
+        path.with_suffix(".png").write_bytes(base64.b64decode(next(figures)))
 
 
 def as_it_stands(
@@ -106,6 +111,9 @@ def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
         moved = {"](../README.md": "](index.md", "](../tutorials/": "](tutorials/"}
     for link, here in moved.items():
         source[0] = source[0].replace(link, here)
+    if page == "tutorials/README":
+        shown = r"| [![](\2.png)](\2.ipynb) [\1](\2.ipynb)"
+        source[0] = re.sub(r"\| \[(.+)\]\((\w+)\.ipynb\)", shown, source[0])
     if source[0].startswith("{"):  # a notebook, whose figures say in words what the text below says
         notebook = json.loads(source[0])
         for cell, below in pairwise(notebook["cells"]):
