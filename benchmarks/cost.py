@@ -133,7 +133,8 @@ def step_of(method: str, net: nn.Module, options: Namespace) -> Callable[[Batch]
 
     else:
         blora = adapted(net, method, likelihood, options.top)
-        groups = parameter_groups(blora, dict.fromkeys(("mean", "scale", "direction"), 1e-3))
+        rates = dict.fromkeys(("mean", "scale", "direction"), 1e-3)
+        groups = parameter_groups(blora, random_batch(), rates)
         precision = partial(blora.model.autocast, options.precision)
         bound = TraceMeanField_ELBO(ROWS, blora.max_plate_nesting, vectorize_particles=True)
         elbo = bound(blora.model, blora.guide)

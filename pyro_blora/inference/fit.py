@@ -170,7 +170,7 @@ def fit(
             )
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
-        groups = parameter_groups(blora, run.rates, sizes)
+        groups = parameter_groups(blora, sizes, run.rates)
         if not groups:
             raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
         validate = _validation(blora, run, batch_size, eval_samples)

@@ -66,8 +66,8 @@ def rate_overrides(
 
 def parameter_groups(
     blora: BayesianLoRA,
+    batch: Batch | Sizes,
     learning_rates: float | Mapping[str, float] | None = None,
-    batch: Batch | Sizes | None = None,
 ) -> list[dict[str, Any]]:
     r"""AdamW's parameter groups of an adapter: means, scales, directions, ..., each with its rate.
 
@@ -76,8 +76,7 @@ def parameter_groups(
     role, as in an AutoGuide, is a scale if it is constrained, and otherwise a mean. A head's rate
     is multiplied by :math:`\sqrt{\log_2 K} / |h|_1` for ``K`` classes and an input ``h``; the usual
     rates of means and directions are divided by the square of the number of scored tokens of an
-    example, or by 8 if that is less, unless a head is new. ``batch`` shows them; without one an
-    example has one label of two classes, and the input of a head entries of about one.
+    example, or by 8 if that is less, unless a head is new. A ``batch`` shows all of these.
     """
     given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
     groups: dict[str, dict[float, list[nn.Parameter]]] = {role: {} for role in RATES}
@@ -94,12 +93,12 @@ def parameter_groups(
 
 def optim_args(
     blora: BayesianLoRA,
+    batch: Batch | Sizes,
     learning_rates: float | Mapping[str, float] | None = None,
-    batch: Batch | Sizes | None = None,
 ) -> Callable[[str], dict[str, float]]:
     """Options for an optimizer of Pyro: each parameter's rate, as in :func:`parameter_groups`.
 
-    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, {"mean": 1e-2})), elbo)``.
+    ``SVI(blora.model, blora.guide, ClippedAdam(optim_args(blora, batch, {"mean": 1e-2})), elbo)``.
     """
     given, sizes = rate_overrides(blora, learning_rates), sizes_of(blora, batch)
 
@@ -113,11 +112,11 @@ def optim_args(
 
 
 @torch.no_grad()
-def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes | None) -> Sizes:
-    """The sizes that a batch shows; without one the input of a head has entries of about one."""
+def sizes_of(blora: BayesianLoRA, batch: Batch | Sizes) -> Sizes:
+    """The sizes that a batch shows."""
     heads, likelihood = blora.model.trained_heads, blora.likelihood
-    if isinstance(batch, Sizes) or batch is None:
-        return batch or Sizes(heads.sizes)
+    if isinstance(batch, Sizes):
+        return batch
     prepared = blora.model.prepared(batch)
     with (
         pyro.validation_enabled(False),
@@ -163,13 +162,10 @@ def steps_of_an_epoch(train: Any, batch_size: int) -> int | None:
     return None
 
 
-def point_steps(
-    blora: BayesianLoRA, of_an_epoch: int | None, batch: Batch | Sizes | None = None
-) -> int | None:
+def point_steps(blora: BayesianLoRA, of_an_epoch: int | None, sizes: Sizes) -> int | None:
     """The steps in which point estimates learn; ``None`` for all, as if the guide is a point."""
     priors = (getattr(blora.model, group.name) for group in blora.model.groups)
     epochs = [p.point_epochs for p in priors if p.point_epochs is not None]
     if of_an_epoch is None or not epochs or getattr(blora.method.guide, "is_point", False):
         return None
-    bits = math.log2(sizes_of(blora, batch).classes)
-    return max(_POINT_STEPS, round(bits * max(epochs) * of_an_epoch))
+    return max(_POINT_STEPS, round(math.log2(sizes.classes) * max(epochs) * of_an_epoch))

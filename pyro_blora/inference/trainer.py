@@ -142,7 +142,7 @@ class BayesianLoRATrainer(Trainer):
         """Makes the optimizer that ``args`` names, with a rate for each role."""
         if self.optimizer is None:
             start_guide(self.blora.guide)
-            groups = parameter_groups(self.blora, self._run.rates, self._sizes)
+            groups = parameter_groups(self.blora, self._sizes, self._run.rates)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             decay = self.args.weight_decay
             self.optimizer = kind([{**g, "weight_decay": decay} for g in groups], **options)
@@ -152,7 +152,7 @@ class BayesianLoRATrainer(Trainer):
     def _sizes(self) -> Sizes:
         """What the first rows show, for the optimizer and its scheduler; it draws no number."""
         rows = [*islice(self.train_dataset or (), self.args.per_device_train_batch_size)]
-        return sizes_of(self.blora, self.data_collator(rows) if rows else None)
+        return sizes_of(self.blora, self.data_collator(rows)) if rows else Sizes({})
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

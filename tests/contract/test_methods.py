@@ -40,7 +40,8 @@ def test_a_method_trains_and_predicts(name):
 
 
 def rates_of(blora, **given):
-    by_id = {id(p): g["lr"] for g in parameter_groups(blora, given) for p in g["params"]}
+    groups = parameter_groups(blora, tiny.sequences(), given)
+    by_id = {id(p): g["lr"] for g in groups for p in g["params"]}
     return {n.removesuffix("_unconstrained"): by_id[id(p)] for n, p in blora.named_parameters()}
 
 
@@ -71,7 +72,7 @@ def test_a_role_of_the_user_must_have_a_rate():
 
     blora = tiny.adapted(prior=Widths(rank=2))
     with pytest.raises(ConfigurationError, match=r"sigma_.*'width'"):
-        parameter_groups(blora)
+        parameter_groups(blora, tiny.sequences())
     assert rates_of(blora, width=0.25)["model.q_proj.sigma_"] == 0.25
     Widths.learning_rates = {"width": 0.125}
     assert rates_of(blora)["model.q_proj.sigma_"] == 0.125

@@ -142,7 +142,7 @@ def test_a_seed_reproduces_every_bit():
 def test_the_scales_of_an_autoguide_are_scales(kind, scales):
     blora = tiny.adapted(guide=kind)
     blora.guide(tiny.sequences())
-    groups = {g["name"]: {*map(id, g["params"])} for g in parameter_groups(blora)}
+    groups = {g["name"]: {*map(id, g["params"])} for g in parameter_groups(blora, tiny.sequences())}
     for name, parameter in blora.guide.named_parameters():
         first = name.partition(".")[0].removesuffix("_unconstrained")
         assert id(parameter) in groups["scale" if first in scales else "mean"], name
@@ -173,8 +173,8 @@ def test_a_head_s_rate_is_a_step_of_a_logit_whatever_the_size_of_its_input():
         layer.register_forward_hook(lambda module, given, _: inputs.update({module: given[0]}))
     net(batch["input_ids"], batch["attention_mask"])
     blora = BayesianLoRA(net, likelihood=SequenceClassification(num_data=4), rank=2)
-    by_id = {id(p): g["lr"] for g in parameter_groups(blora, None, batch) for p in g["params"]}
-    by_name = optim_args(blora, None, batch)
+    by_id = {id(p): g["lr"] for g in parameter_groups(blora, batch) for p in g["params"]}
+    by_name = optim_args(blora, batch)
     for name in ("dense", "out_proj"):
         size = inputs[getattr(net.classifier, name)].abs().sum(-1).mean()
         expected = pytest.approx(RATES["head"] * math.log2(3) ** 0.5 / float(size), rel=1e-5)
@@ -190,7 +190,7 @@ def test_means_of_a_text_are_slower_by_its_scored_tokens(scored, slower):
     batch["labels"][:, 1 : 1 + scored] = 9
     blora = BayesianLoRA(tiny.llama(), rank=2, likelihood=CausalLM(num_data=3))
     for given, expected in ((None, RATES["mean"] / slower), ({"mean": 0.3}, 0.3)):
-        rates = {g["name"]: g["lr"] for g in parameter_groups(blora, given, batch)}
+        rates = {g["name"]: g["lr"] for g in parameter_groups(blora, batch, given)}
         assert rates["mean"] == pytest.approx(expected)
 
 
@@ -240,13 +240,15 @@ def test_points_learn_for_some_epochs(epochs, monkeypatch):
 def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
     with pyro.settings.context(module_local_params=local):
         blora = tiny.adapted(guide=guide, likelihood=Sloped(num_data=12))
-        optimizer = ClippedAdam(optim_args(blora))
-        SVI(blora.model, blora.guide, optimizer, tiny.elbo(3)).step(tiny.choices(3))
-        rates = {id(p): group["lr"] for group in parameter_groups(blora) for p in group["params"]}
+        batch = tiny.choices(3)
+        optimizer = ClippedAdam(optim_args(blora, batch))
+        SVI(blora.model, blora.guide, optimizer, tiny.elbo(3)).step(batch)
+        groups = parameter_groups(blora, batch)
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         assert {id(p): o.defaults["lr"] for p, o in optimizer.optim_objs.items()} == rates
         assert rates[id(blora.likelihood.slope_unconstrained)] == RATES["likelihood"]
         blora.likelihood.requires_grad_(False)
-        assert optim_args(blora)("model.likelihood.slope") == {"lr": 0.0}
+        assert optim_args(blora, batch)("model.likelihood.slope") == {"lr": 0.0}
 
 
 def epochs(count, rows, *, by_length=True, seed=0):

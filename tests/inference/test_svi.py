@@ -50,7 +50,7 @@ def test_svi_takes_the_steps_of_fit(guide, elbo, monkeypatch):
     particles = elbo(
         num_particles=BATCH, vectorize_particles=True, max_plate_nesting=blora.max_plate_nesting
     )
-    rates = optim_args(blora)
+    rates = optim_args(blora, next(iter(loader)))
     # the gradient of fit is per example, and Adam's eps is in units of the gradient
     svi = SVI(blora.model, blora.guide, Adam(lambda n: {**rates(n), "eps": 1e-8 * N}), particles)
     while len(losses) < STEPS:

@@ -47,7 +47,7 @@ def test_rows_are_learned_in_their_unit(trained):
 def test_widths_open_at_the_rate_of_the_likelihood_unless_a_call_says_another():
     blora = kinds.adapter("numbers")
     for given, rate in (None, Regression.learning_rates["scale"]), ({"scale": 0.3}, 0.3):
-        groups = parameter_groups(blora, given)
+        groups = parameter_groups(blora, NumberCollator(TOKENIZER)(ROWS[:4]), given)
         assert [group["lr"] for group in groups if group["name"] == "scale"] == [rate]
 
 
