@@ -112,7 +112,7 @@ def link_to_the_site(app: Any, page: str, source: list[str]) -> None:
     for link, here in moved.items():
         source[0] = source[0].replace(link, here)
     if page == "tutorials/README":
-        shown = r"| [![](\2.png)](\2.ipynb) [\1](\2.ipynb)"
+        shown = r"| [![](\2.png)](\2.ipynb) [\1](\2.ipynb) ({nb-download}`file <\2.ipynb>`)"
         source[0] = re.sub(r"\| \[(.+)\]\((\w+)\.ipynb\)", shown, source[0])
     if source[0].startswith("{"):  # a notebook, whose figures say in words what the text below says
         notebook = json.loads(source[0])

@@ -52,9 +52,9 @@ class _Contract:
         return {self.noun: self.make()}
 
     def net(self) -> nn.Module:
-        """The network: a Llama, ``q_proj`` 16 x 16 and ``v_proj`` 8 x 16 in two blocks."""
+        """The network: a Llama, ``q_proj`` 16 x 16 and ``v_proj`` 8 x 16 in three blocks."""
         sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0}
-        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
         return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)).eval()
 
     def batch(self, rows: int) -> dict[str, Any]:

@@ -72,7 +72,10 @@ def _read_file(path: Path) -> Any:
             options |= {"keep_default_na": False, "na_values": [""]}
         table = load_dataset(path.suffix[1:], **options)
     except Exception as error:  # datasets and the libraries that it uses raise many kinds
-        raise DataError(f"{path} cannot be read by datasets: {first_line(error)[:200]}") from error
+        raise DataError(
+            f"{path} cannot be read by datasets ({first_line(error)[:200]}): pip install datasets, "
+            "or correct the file."
+        ) from error
     index = "__index_level_0__"  # which pandas makes of the values of a column too many
     if path.suffix == ".csv" and index in table.column_names:
         with path.open(encoding="utf-8", errors="replace") as file:

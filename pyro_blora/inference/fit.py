@@ -94,8 +94,8 @@ def fit(
             a likelihood that needs it warns. The default is the likelihood's: an eighth for
             options, preferences and numbers, because the scale of their scores is unknown, and 0
             for other likelihoods, for a published method and after ``from_peft``. Examples are
-            chosen by their texts, so that a continued training holds out the same ones; pass 0.0
-            if an earlier one held out none of them.
+            chosen by their texts, so that a training that goes on with the same data holds out the
+            same ones; pass 0.0 if an earlier one held out none of them.
         precision: ``"float32"``, ``"bfloat16"`` to run the frozen network under autocast, or
             ``"auto"``, which takes the faster one on the network's device. The variational part
             stays in single precision.

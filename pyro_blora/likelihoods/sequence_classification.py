@@ -303,8 +303,8 @@ class SequenceClassification(Likelihood):
             return names
         raise ConfigurationError(
             "The classes of a head that was trained on numbers must have names before labels can "
-            f"be texts, got {name!r}; pass likelihood={type(self).__name__}(classes=[...]), in the "
-            "order in which the head was trained."
+            f"be texts, got {name!r}; pass likelihoods.{type(self).__name__}(classes=[...]), in "
+            "the order in which the head was trained."
         )
 
 

@@ -150,7 +150,8 @@ def _check_reachable(name: str) -> None:
     except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
         raise ConfigurationError(
             f"model {name!r} is no local folder or file, and the hub cannot be reached ({error}). "
-            "Check the name, give a folder or a file, or use 'smollm2', which needs no internet."
+            "Check the name, give a folder or a file, or use 'smollm2', which needs no hub after "
+            f"{_SMOLLM2}."
         ) from error
 
 
