@@ -182,13 +182,17 @@ def find_targets(
         wanted = {indices} if isinstance(indices, int) else {*indices}
         blocks = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
         chosen = [name for name, block in blocks.items() if block and int(block[1]) in wanted]
-    names = [target_modules] if isinstance(target_modules, str) else target_modules
     if chosen:
-        idle = [name for name in names if not any(matches(each, [name]) for each in linear)]
-        if idle and names is target_modules:  # most likely a typo
-            hint = near_miss(idle[0], endings)
-            warnings.warn(f"{idle} of target_modules matches no linear layer; {hint}", stacklevel=4)
+        given = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+        for option, names in given.items():
+            rules: list[Any] = [names] if isinstance(names, str) else [[name] for name in names]
+            rules = [rule for rule in rules if rule not in ("", "all-linear")]
+            idle = ["".join(r) for r in rules if not any(matches(name, r) for name in linear)]
+            if idle:  # most likely a typo, or a name where a regular expression is expected
+                hint = near_miss(idle[0], endings)
+                warnings.warn(f"{idle} of {option} matches no linear layer; {hint}", stacklevel=4)
         return {name: linear[name] for name in chosen}
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
     raise NoTargetError(
         f"target_modules={target_modules!r} matches {len(named)} linear layers, of which "
         "exclude_modules and layers_to_transform leave none. A list has suffixes, and a string is "

@@ -64,6 +64,9 @@ def test_one_of_several_names_that_matches_nothing_warns():
     with pytest.warns(UserWarning, match=r"\['value'\] of target_modules"):
         found = find_targets(tiny.llama(), ["q_proj", "value"])
     assert endings(found) == ["q_proj", "q_proj"]
+    for excluded in (["value"], "v_proj"):  # a string is a regular expression for whole names
+        with pytest.warns(UserWarning, match=r"\['v\w+'\] of exclude_modules matches no"):
+            find_targets(tiny.llama(), ["q_proj"], excluded)
 
 
 def test_groups_are_layers_of_one_ending_and_shape():
