@@ -22,10 +22,10 @@ SIGMA, NOISE_INIT, INIT_SCALE = 0.5, 0.1, 0.1
 
 
 def make_data() -> tuple[Tensor, Tensor, Tensor]:
-    """A pretrained weight W0 (D_OUT x D_IN), inputs x (N x D_IN), outputs y of another weight."""
+    """A pretrained weight W0 (D_OUT x D_IN), inputs x (N x D_IN), outputs y of a rank-2 update."""
     torch.manual_seed(0)
     W0 = torch.randn(D_OUT, D_IN) / D_IN**0.5
-    truth = W0 + 0.5 * torch.randn(D_OUT, RANK) @ torch.randn(RANK, D_IN) / D_IN**0.5
+    truth = W0 + 0.5 * torch.randn(D_OUT, 2) @ torch.randn(2, D_IN) / D_IN**0.5
     x = torch.randn(NUM_DATA, D_IN)
     return W0, x, x @ truth.T + 0.1 * torch.randn(NUM_DATA, D_OUT)
 
