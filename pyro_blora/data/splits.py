@@ -38,20 +38,15 @@ def keys_of(rows: Any) -> list[str]:
         twins = each is not None and len(offered) > 1 and offered[each[1]] <= few
         # classes, which many rows share, are no part of a key: a new one would move all rows
         keys.append(f"row {k}" if each is None else each[1] if twins else each[0] or each[1])
-    joined: dict[str, str] = {}  # keys of one question, each with another of them
+    # not at the top, so that a command's help starts at once
+    from scipy.cluster.hierarchy import DisjointSet
 
-    def end_of(key: str) -> str:
-        while key in joined:
-            key = joined[key]
-        return key
-
-    first: dict[str, str] = {}
+    together, of_question = DisjointSet(keys), dict[str, str]()
     for each, key in zip(contents, keys, strict=True):
         if each and each[0] and asked[each[0]] <= max(2, len(contents) // 8):
-            ends = {end_of(key), end_of(first.setdefault(each[0], key))}
-            if len(ends) > 1:
-                joined[max(ends)] = min(ends)
-    return [end_of(key) for key in keys]
+            together.merge(key, of_question.setdefault(each[0], key))
+    names = {key: min(part) for part in together.subsets() for key in part}
+    return [names[key] for key in keys]
 
 
 def _content(row: Any) -> tuple[str, str] | None:
