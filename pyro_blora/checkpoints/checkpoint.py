@@ -79,7 +79,7 @@ def save_pretrained(
     """
     folder, model, method = Path(folder), posterior.model, posterior.method
     start_guide(posterior.guide)
-    figures = {} if result is None else figures_of(result, model.likelihood.num_data)
+    figures = {} if result is None else figures_of(result)
     notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
     heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {
