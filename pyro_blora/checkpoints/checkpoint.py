@@ -274,15 +274,8 @@ def push_to_hub(
     api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(blora, posterior, folder, place=repo_id, **about)
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(repo_id=repo_id, folder_path=folder)
-        except Exception as error:  # as in fetched
-            raise CheckpointError(
-                f"{repo_id} was not pushed ({first_line(error)}). Run `hf auth login` with a token "
-                "that can write, and pass an id 'user/name'."
-            ) from error
-    return str(done.commit_url)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
 def _base_of(net: nn.Module) -> dict[str, Any]:
