@@ -306,12 +306,9 @@ def names_in(net: nn.Module, wanted: Mapping[str, Any], source: str) -> list[str
 
 
 def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Four elements of each of up to 512 evenly spaced tensors of the base, without ``heads``."""
+    """Four elements of each tensor of the base, without ``heads``."""
     within = tuple(f"{name_in_base(head)}." for head in heads)
-    tensors = [(name, t) for name, t in _plain_tensors(net) if not name.startswith(within)]
-    count = min(512, len(tensors))
-    chosen = (tensors[k * len(tensors) // count] for k in range(count))
-    return {name: _numbers(tensor) for name, tensor in chosen}
+    return {name: _numbers(t) for name, t in _plain_tensors(net) if not name.startswith(within)}
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
