@@ -119,13 +119,7 @@ def _made(kind: str, name: str, package: ModuleType, contract: type[T]) -> T:
     """An object of a class with this name, without arguments."""
     path, _, last = name.rpartition(":")
     if path:
-        try:
-            package = import_module(path)
-        except ImportError as error:
-            raise ConfigurationError(
-                f"{kind} {name!r}: module {path!r} cannot be imported ({error}); it must be in the "
-                "current folder or installed."
-            ) from error
+        package = import_module(path)
     known: dict[str, type[T]] = {
         n: each
         for n, each in vars(package).items()

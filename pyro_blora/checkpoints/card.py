@@ -54,24 +54,15 @@ class Training(Protocol):
     history: list[dict[str, float]]
     validation: list[tuple[int, float]]
     best_step: int | None
-    num_held_out: int
     settings: Mapping[str, Any]
 
 
-def figures_of(result: Training, data: int | None) -> dict[str, str]:
+def figures_of(result: Training) -> dict[str, str]:
     """The figures and the settings of a training for an adapter's notes."""
     rows = {"steps": f"{len(result.history):,}"}
     given = {n: getattr(v, "__name__", v) for n, v in result.settings.items() if v is not None}
     if given:
         rows["settings"] = ", ".join(f"{name}={value}" for name, value in given.items())
-    last = [f for f in result.history[-50:] if {"nll", "kl"} <= f.keys()]
-    if last and data:
-        data -= result.num_held_out
-        nll, kl = (sum(f[key] for f in last) / len(last) for key in ("nll", "kl"))
-        rows["ELBO"] = (
-            f"{-(data * nll + kl):.4g} nats, {-(nll + kl / data):.4g} per example (KL {kl:.4g} "
-            f"nats), the mean of the last {len(last)} steps"
-        )
     for step, nll in result.validation:  # keeps the last one
         rows["validation NLL"] = f"{nll:.4g} at step {step}, without a temperature"
     if result.best_step is not None:

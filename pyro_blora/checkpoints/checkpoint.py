@@ -79,7 +79,7 @@ def save_pretrained(
     """
     folder, model, method = Path(folder), posterior.model, posterior.method
     start_guide(posterior.guide)
-    figures = {} if result is None else figures_of(result, model.likelihood.num_data)
+    figures = {} if result is None else figures_of(result)
     notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
     heads = [name_in_base(name) for name in model.trained_heads.names]
     config = {
@@ -274,15 +274,8 @@ def push_to_hub(
     api = huggingface_hub.HfApi()
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(blora, posterior, folder, place=repo_id, **about)
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            done = api.upload_folder(repo_id=repo_id, folder_path=folder)
-        except Exception as error:  # as in fetched
-            raise CheckpointError(
-                f"{repo_id} was not pushed ({first_line(error)}). Run `hf auth login` with a token "
-                "that can write, and pass an id 'user/name'."
-            ) from error
-    return str(done.commit_url)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
 def _base_of(net: nn.Module) -> dict[str, Any]:
@@ -313,12 +306,9 @@ def names_in(net: nn.Module, wanted: Mapping[str, Any], source: str) -> list[str
 
 
 def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Four elements of each of up to 512 evenly spaced tensors of the base, without ``heads``."""
+    """Four elements of each tensor of the base, without ``heads``."""
     within = tuple(f"{name_in_base(head)}." for head in heads)
-    tensors = [(name, t) for name, t in _plain_tensors(net) if not name.startswith(within)]
-    count = min(512, len(tensors))
-    chosen = (tensors[k * len(tensors) // count] for k in range(count))
-    return {name: _numbers(tensor) for name, tensor in chosen}
+    return {name: _numbers(t) for name, t in _plain_tensors(net) if not name.startswith(within)}
 
 
 def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:

@@ -57,6 +57,6 @@ def main() -> None:
         sys.path.append("")
     try:
         app()
-    except (*_MISTAKES, errors.NonFiniteLossError, OSError) as error:
+    except (*_MISTAKES, errors.NonFiniteLossError, ImportError, OSError) as error:
         print(f"pyro-blora: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

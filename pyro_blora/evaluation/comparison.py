@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from statistics import mean, stdev
 from types import CodeType, FunctionType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints.files import check_folder
 from pyro_blora.data import Task, load_task
 from pyro_blora.data.splits import hold_out
-from pyro_blora.errors import ConfigurationError, check_count
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation.metrics import doubts, error_of, out_of_scope
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.evaluation.results import Row, read, write
@@ -34,22 +34,19 @@ from pyro_blora.network.pretrained import choose_precision, load_for
 from pyro_blora.network.targets import CLASS, TEXT, is_classifier, kind_of_head, logit_names
 from pyro_blora.posterior.bayesian_lora_model import one_at_a_time
 from pyro_blora.prediction import Prediction
-from pyro_blora.scores import SHOWN, SURE, Metrics, sure_answers
+from pyro_blora.scores import SHOWN, SURE, sure_answers
 
 DIAGRAM = "reliability.png"
 _FILES = (".bin", ".gguf", ".jinja", ".json", ".model", ".safetensors", ".txt")  # of a network
-
-Data = Mapping[str, tuple[Sequence[Any], Collate]]  # examples by the name of their data set
-State = Literal["last", "distilled"]
 
 
 @dataclass(frozen=True)
 class View:
     """How an adapter predicts; ``None`` stands for the usual of its method."""
 
-    state: State = "last"  # after the last training step, or distilled there
     num_samples: int | None = None
     linearized: bool | None = None
+    distilled: bool = False
     holds_out: bool = False  # an eighth of the training items, for a temperature
 
 
@@ -58,7 +55,7 @@ VIEWS = {
     "split": View(holds_out=True),
     "mean": View(num_samples=0),
     "linearized": View(num_samples=LINEARIZED, linearized=True),
-    "distilled": View("distilled", 0),
+    "distilled": View(num_samples=0, distilled=True),
 }
 
 
@@ -78,19 +75,6 @@ def entry(name: str, methods: Sequence[Method] = ()) -> Entry:
         kind, base = "", name
     method = next((method for method in methods if method.name == base), None)
     return Entry(name, method or get_method(base), VIEWS.get(kind, View()))
-
-
-@dataclass
-class Result:
-    """The predictions of one view with their labels, and the metrics, by data set."""
-
-    row: str
-    view: View
-    predictions: dict[str, tuple[Prediction, Tensor]]
-    metrics: dict[str, Metrics]
-    passes: int
-    fitted: FitResult
-    blora: BayesianLoRA
 
 
 @dataclass
@@ -130,8 +114,6 @@ class Comparison:
         """
         by = self.by_method()
         reference = next(iter(by)) if reference is None else reference
-        if reference not in by:
-            raise ConfigurationError(f"reference must be one of {list(by)}, got {reference!r}.")
         base = {row.seed: row.item_scores for row in by.pop(reference)}
         differences = {}
         for method, rows in by.items():
@@ -281,8 +263,6 @@ def compare(
         print(table)  # accuracy, ECE, NLL, Brier score, differences with their errors
         table.plot().savefig("reliability.png")
     """
-    check_count("num_steps", num_steps)
-    check_count("num_samples", num_samples, 0)
     entries = {n: entry(n, own) for n in ([methods] if isinstance(methods, str) else methods)}
     if not entries or not len(seeds):
         raise ConfigurationError("methods and seeds must not be empty; name at least one of each.")
@@ -290,8 +270,6 @@ def compare(
         raise ConfigurationError(
             f"All methods must have the same labels, got {min(reads)}=; use fit for it."
         )
-    if "seed" in training:
-        raise ConfigurationError(f"Seeds must be passed as seeds=, got seed={training['seed']!r}.")
     limits: dict[str, Any] = {"max_train": max_train, "max_test": max_test}
     given = data if isinstance(data, Task) else None
     if given and (data_dir, *limits.values()) != (None, None, None):
@@ -350,7 +328,7 @@ def compare(
         one, kind = shared.has_classes, type(shared).__name__
         for each in entries.values():
             needs_one = each.view.linearized or each.method.linearized
-            distills = each.view.state == "distilled" and not shared.is_categorical
+            distills = each.view.distilled and not shared.is_categorical
             if distills or (needs_one and not one):
                 raise ConfigurationError(
                     f"{each.name} must have {'one class of each row' if needs_one else 'classes'}, "
@@ -373,19 +351,14 @@ def compare(
             if shared and not logit_names(pair[0]):
                 pair[0].config.id2label = dict(enumerate(names))
         net, words = pair
-        row = task.test[0]
-        collate = shared.collator(words, row) if shared else task.collator(words, net=net)
-        sets = {"test": (task.test, collate)}
-        if others:
-            sets["outside"] = (others, collate)
-        for result in train_and_score(
-            net, task, missing, collate=collate, data=sets, seed=seed, likelihood=shared, **options
-        ):
-            done[result.row, seed] = _row(result, seed, task)
+        collate = shared.collator(words, task.test[0]) if shared else task.collator(words, net=net)
+        how: Any = {"collate": collate, "outside": others, "likelihood": shared, "seed": seed}
+        for row in train_and_score(net, task, missing, **how, **options):
+            done[row.method, seed] = row
             if folder is not None:
                 write(list(done.values()), settings, folder)
             if callback:
-                callback(done[result.row, seed])
+                callback(row)
     comparison = Comparison([done[key] for key in keys], title)
     if folder is not None and "ece" in comparison.rows[0].metrics:
         save_figure(comparison.plot(), folder / DIAGRAM)
@@ -435,20 +408,21 @@ def train_and_score(
     entries: Sequence[Entry],
     *,
     collate: Collate,
-    data: Data,
+    outside: Any,
     seed: int,
-    num_samples: int = 10,
-    rank: int | None = None,
-    target_modules: str | Sequence[str] | None = None,
-    layers_to_transform: Sequence[int] | None = None,
-    likelihood: Likelihood | None = None,
+    num_samples: int,
+    rank: int | None,
+    target_modules: str | Sequence[str] | None,
+    likelihood: Likelihood | None,
+    precision: str,
     **training: Any,
-) -> Iterator[Result]:
-    """The results of entries under one seed, with one training for those that share it.
+) -> Iterator[Row]:
+    """The rows of entries under one seed, with one training for those that share it.
 
     ``num_samples`` is for methods without a number of their own; ``training`` has options of
-    :func:`scored` and ``fit``.
+    ``fit``.
     """
+    data = {"test": task.test} | ({"outside": outside} if outside else {})
     groups: dict[tuple[str, bool], list[Entry]] = {}
     for each in entries:
         groups.setdefault((each.method.name, each.view.holds_out), []).append(each)
@@ -460,86 +434,64 @@ def train_and_score(
             method=replace(group[0].method, num_samples=draws),  # ``fit`` calibrates by these, too
             rank=rank,
             target_modules=target_modules,
-            layers_to_transform=layers_to_transform,
             likelihood=task.likelihood(collate) if likelihood is None else likelihood,
         )
-        views = {
-            each.name: replace(each.view, num_samples=blora.method.draws(each.view.num_samples))
-            for each in group
-        }
         options: dict[str, Any] = {"held_out": MultipleChoice.held_out} if split else {}
-        options |= {"collate": collate, "views": views, "data": data, "seed": seed, **training}
-        yield from scored(blora, task, **options)
-
-
-def scored(
-    blora: BayesianLoRA,
-    task: Task,
-    *,
-    collate: Collate,
-    views: Mapping[str, View],
-    data: Data,
-    num_steps: int,
-    seed: int = 0,
-    precision: str = "auto",
-    **training: Any,
-) -> Iterator[Result]:
-    """Trains an adapter on a task, predicts and scores by each view, and unwraps its network.
-
-    Equal views share their predictions. ``num_steps=0`` leaves the adapter as it is.
-    """
-    by_state = sorted(views, key=lambda name: get_args(State).index(views[name].state))
-    fitted, done = FitResult(), {}
-    try:
-        if num_steps:
-            training |= {"collate": collate, "num_steps": num_steps, "seed": seed}
-            fitted = fit(blora, task.train, precision=precision, **training)
-        for name in by_state:
-            view = views[name]
-            if view not in done:
-                if view.state == "distilled":
+        options |= {"collate": collate, "precision": precision, "seed": seed, **training}
+        try:
+            fitted = fit(blora, task.train, **options)
+            for each in sorted(group, key=lambda each: each.view.distilled):  # which are the last
+                if each.view.distilled:
                     blora.distill(task.train, collate, precision=precision)
-                options: dict[str, Any] = {"linearized": view.linearized, "precision": precision}
-                options["description"] = f"{name}, seed {seed}"
+                how: dict[str, Any] = {"linearized": each.view.linearized, "precision": precision}
+                how |= {"num_samples": each.view.num_samples}
+                how |= {"description": f"{each.name}, seed {seed}"}
                 predictions = {}
-                for key, (items, collator) in data.items():
+                for key, items in data.items():
                     torch.manual_seed(seed)
-                    predictions[key] = blora.predict_dataset(
-                        items, collator, view.num_samples, **options
-                    )
-                scores = blora.likelihood.metrics
-                metrics = {
-                    key: scores(p, y) for key, (p, y) in predictions.items() if y is not None
-                }
-                linear = blora.method.linearized if view.linearized is None else view.linearized
-                first, _ = next(iter(predictions.values()))
-                passes = first.num_samples
-                if linear and view.num_samples:  # a forward, and a backward for each other class
-                    passes = first.probs.shape[-1]
-                done[view] = predictions, metrics, passes
-            yield Result(name, view, *done[view], fitted, blora)
-    finally:
-        blora.unwrap()
+                    predictions[key] = blora.predict_dataset(items, collate, **how)
+                yield _row(each, seed, len(task.train), blora, fitted, predictions)
+        finally:
+            blora.unwrap()
 
 
-def _row(result: Result, seed: int, task: Task) -> Row:
-    """The row of a result."""
-    view, fitted, by = result.view, result.fitted, "none"
-    prediction, labels = result.predictions["test"]
-    likelihood, numbers = result.blora.likelihood, result.blora.trainable_parameters
+def _row(
+    entry: Entry,
+    seed: int,
+    num_train: int,
+    blora: BayesianLoRA,
+    fitted: FitResult,
+    predictions: Mapping[str, tuple[Prediction, Any]],
+) -> Row:
+    """The row of an entry from its predictions."""
+    view, likelihood, by = entry.view, blora.likelihood, "none"
+    prediction, labels = predictions["test"]
     if fitted.num_held_out:
         by = f"{fitted.settings['held_out']:.3g} of training"
-    if view.state == "distilled":
+    if view.distilled:
         by = "draws"
-    sizes = (len(task.train), len(labels), by)
-    costs = (result.passes, fitted.seconds, numbers)
+    passes = prediction.num_samples
+    linear = blora.method.linearized if view.linearized is None else view.linearized
+    if linear and blora.method.draws(view.num_samples):
+        passes = prediction.probs.shape[-1]  # a forward, and a backward for each other class
     log_probs = prediction.log_prob(labels).reshape(len(labels), -1).sum(-1)
-    log_probs = log_probs / likelihood.num_scored(labels).double().mean()  # of a word
-    scores = likelihood.metrics(prediction, labels)
-    learned, probs = fitted.has_learned, prediction.mean
-    row = Row(result.row, seed, scores, *sizes, *costs, probs, labels, log_probs, learned)
-    if "outside" in result.predictions:
-        outside, _ = result.predictions["outside"]
+    row = Row(
+        method=entry.name,
+        seed=seed,
+        metrics=likelihood.metrics(prediction, labels),
+        n_train=num_train,
+        n_test=len(labels),
+        temperature_by=by,
+        passes=passes,
+        train_seconds=fitted.seconds,
+        trainable_parameters=blora.trainable_parameters,
+        probs=prediction.mean,
+        labels=labels,
+        log_probs=log_probs / likelihood.num_scored(labels).double().mean(),  # of a word
+        has_learned=fitted.has_learned,
+    )
+    if "outside" in predictions:
+        outside, _ = predictions["outside"]
         for doubt in filter("confidence".__ne__, doubts(prediction)):
             row.auroc[doubt] = out_of_scope(prediction, outside, by=doubt).auroc
     return row

@@ -52,6 +52,16 @@ def doubts(prediction: Prediction | Generation) -> dict[str, Tensor]:
     return scores
 
 
+def _doubt(prediction: Prediction | Generation, by: str) -> Tensor:
+    known = doubts(prediction)
+    if by not in known:
+        raise ConfigurationError(
+            f"by must be one of {', '.join(known)}, got {by!r}; mutual information needs two draws "
+            "or more."
+        )
+    return known[by]
+
+
 def risk_coverage(doubt: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, float]:
     r"""The error rate of a classifier that answers only the items it is most certain about.
 
@@ -137,17 +147,10 @@ def threshold_for(
         raise ConfigurationError(
             f"risk and confidence must be between 0 and 1, got {risk} and {confidence}."
         )
-    scores = doubts(prediction)
-    if "stddev" in scores:
-        raise ConfigurationError("threshold_for must have classes or texts, got numbers.")
-    if by not in scores:
-        known = " or ".join(map(repr, scores))
+    doubt = _doubt(prediction, by)
+    if labels.shape != doubt.shape:
         raise ConfigurationError(
-            f"by must be {known}, got {by!r}; mutual information needs two draws or more."
-        )
-    if labels.shape != scores[by].shape:
-        raise ConfigurationError(
-            f"labels must be one for each of {len(scores[by])} answers, got {tuple(labels.shape)}."
+            f"labels must be one for each of {len(doubt)} answers, got {tuple(labels.shape)}."
         )
     texts = isinstance(prediction, Generation)
     if texts != (labels.dtype == torch.bool):
@@ -157,7 +160,7 @@ def threshold_for(
         )
     right = labels.cpu() if texts else prediction.predictions.cpu() == labels.cpu()
     given = right.new_ones(right.shape) if texts or labels.dim() == 1 else labels.cpu() >= 0
-    wrong, doubt, delta = ~right[given], scores[by].cpu()[given], 1 - confidence
+    wrong, doubt, delta = ~right[given], doubt.cpu()[given], 1 - confidence
 
     def fewest(m: int) -> int:  # (1 - risk)^k is the p-value of no error in k answers
         return math.ceil(math.log(delta / m) / math.log1p(-risk))
@@ -208,12 +211,9 @@ def out_of_scope(
 
         print(out_of_scope(blora.predict(questions), blora.predict(others)))
     """
-    names = doubts(inside).keys() & doubts(outside).keys()
-    if by not in names:
-        raise ConfigurationError(f"by must be one of {sorted(names)}, got {by!r}.")
     if not 0 < recall <= 1:
         raise ConfigurationError(f"recall must be a share in (0, 1], got {recall}.")
-    known, unknown = (doubts(each)[by].double().cpu() for each in (inside, outside))
+    known, unknown = (_doubt(each, by).double().cpu() for each in (inside, outside))
     if known.dim() > 1:
         raise ConfigurationError(
             f"out_of_scope must have one label of each item, got {tuple(known.shape)}."
@@ -293,13 +293,7 @@ def rank(prediction: Prediction, by: str = "mutual_information", *, seed: int = 
     """
     if by == "random":
         return torch.randperm(len(prediction), generator=torch.Generator().manual_seed(seed))
-    if by == "mutual_information" and prediction.num_samples < 2:
-        raise ConfigurationError(
-            "A single draw has no mutual information; predict with more, or rank by 'entropy'."
-        )
-    if by not in (known := doubts(prediction)):
-        raise ConfigurationError(f"by must be random or one of {', '.join(known)}, got {by!r}.")
-    scores = known[by].reshape(len(prediction), -1).sum(-1)  # of several labels
+    scores = _doubt(prediction, by).reshape(len(prediction), -1).sum(-1)  # of several labels
     return scores.argsort(descending=True, stable=True)
 
 
