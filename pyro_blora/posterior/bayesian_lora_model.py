@@ -52,19 +52,12 @@ def _remove(adapters: Sequence[LayerHook]) -> None:
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes ``function`` wait for other threads; after an error it has drawn no random number."""
+    """Makes ``function`` wait for other threads."""
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> T:
         with LOCK:
-            cuda = torch.cuda.is_initialized()
-            before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
-            try:
-                return function(*args, **options)
-            except BaseException:
-                torch.set_rng_state(before[0])
-                torch.cuda.set_rng_state_all(before[1])
-                raise
+            return function(*args, **options)
 
     return run
 
