@@ -180,10 +180,6 @@ def _usual_sigma(group: LayerGroup) -> Tensor:
     for name, module in zip(group.module_names, group.modules, strict=True):
         weight = dense_weight(module, name)
         size = torch.ones(()) if weight.is_meta else torch.linalg.vector_norm(weight)
-        if not size.isfinite():
-            raise ConfigurationError(
-                f"The weight of {name} must be finite, got NaN or infinity; load the network anew."
-            )
         sizes.append((size / min(weight.shape) ** 0.5).to(group.device))
     rms = torch.stack(sizes)
     return 0.2 * torch.where(rms > 0, rms, 1.0)

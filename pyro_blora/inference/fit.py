@@ -135,7 +135,7 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _UNLISTED}
     blora.model.check_attached()
-    _check(settings, validation, callback)
+    _check(settings, validation)
     before = Snapshot(blora)
     with before.put_back_after(Exception):
         run = prepare(
@@ -171,8 +171,6 @@ def fit(
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
         groups = parameter_groups(blora, sizes, run.rates)
-        if not groups:
-            raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
         validate = _validation(blora, run, batch_size, eval_samples)
         with running(blora, precision, training=True), torch.enable_grad():
             result = training_loop(
@@ -204,15 +202,13 @@ def fit(
     return result
 
 
-def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
+def _check(settings: Mapping[str, Any], validation: Any) -> None:
     """Checks the options of the loop; ``prepare`` checks the others."""
     for name in ("batch_size", "validate_every"):
         check_count(name, settings[name])
     for name, least in (("patience", 1), ("eval_samples", 0)):
         if settings[name] is not None:
             check_count(name, settings[name], least)
-    if callback is not None and not callable(callback):
-        raise ConfigurationError(f"callback must be a function, got {callback!r}.")
     if validation is None and settings["keep_best"]:
         raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
     if validation is None and settings["patience"] is not None:

@@ -192,10 +192,6 @@ class BayesianLoRAModel(PyroModule):
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Starts the priors at ``B A`` by the layers' names, before the guide is made."""
-        if missing := [name for name in self.layer_names if name not in factors]:
-            raise ConfigurationError(
-                f"start must have (B, A) for each layer, got none for {', '.join(missing[:4])}."
-            )
         self.likelihood.trained_head.fill_(True)
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]

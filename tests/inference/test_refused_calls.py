@@ -62,7 +62,7 @@ FIT = [
     {"num_particles": 0}, {"precision": "float8"}, {"train": []},
     {"train": DataLoader([])}, {"train": "no.csv"}, {"train": (r for r in ROWS)}, {"patience": 3},
     {"train": tiny.Stream(ROWS)}, {"train": BATCHES}, {"train": UNLABELED}, {"held_out": 1.5},
-    {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple}, {"callback": 3},
+    {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple},
     {"learning_rates": {"mean": -0.05}}, {"num_steps": None, "num_epochs": math.nan},
     {"batch_size": 2.5}, {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
     {"patience": 0, "validation": ROWS}, {"train": UNLABELED, "validation": [1], "collate": None},
@@ -141,11 +141,6 @@ WHOLE_BATCHES = DataLoader([tiny.sequences()], batch_size=None)  # of a number t
 def test_a_number_of_examples_that_cannot_be_is_refused(num_data, rows):
     with pytest.raises((BatchError, ConfigurationError), match="num_data"):
         tiny.train(tiny.adapted(num_data=num_data), rows)
-
-
-def test_an_adapter_without_parameters_to_train_is_refused():
-    with pytest.raises(ConfigurationError, match="nothing to train"):
-        tiny.train(tiny.adapted(num_data=10).requires_grad_(False))
 
 
 @pytest.mark.parametrize("guide", [None, AutoNormal, Laplace()])
