@@ -150,12 +150,6 @@ def fit(
         )
         num_steps = _steps(run.train, num_steps, num_epochs, batch_size)
         settings |= {"num_steps": num_steps, "held_out": run.share}
-        if keep_best and num_steps <= validate_every:
-            warnings.warn(
-                f"keep_best=True compares validations, but this run has only one, after all of its "
-                f"{num_steps} steps; choose a validate_every= below {validate_every}.",
-                stacklevel=3,  # past the wrapper of one_at_a_time
-            )
         begin_training(blora)
         stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         if seed is not None:
