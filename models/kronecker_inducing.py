@@ -14,8 +14,6 @@ from pyro_blora.models._update_model import CORES, Core, UpdateModel
 from pyro_blora.network.targets import LayerGroup, dense_weight
 from pyro_blora.updates import LowRankUpdate, MarginalNoise
 
-Conditional = Literal["deterministic", "exact", "scaled"]
-
 
 class KroneckerInducing(UpdateModel):
     r"""A Kronecker-factored sparse Gaussian process over the weight update.
@@ -95,7 +93,7 @@ class KroneckerInducing(UpdateModel):
         sigma: float | None = None,
         scale: Literal["learned", "fixed"] = "learned",
         core: Core = "normal",
-        conditional: Conditional = "deterministic",
+        conditional: Literal["deterministic", "exact", "scaled"] = "deterministic",
         lambda_init: float = 0.1,
         noise_init: float = 0.1,
     ) -> None:

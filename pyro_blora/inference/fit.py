@@ -17,12 +17,13 @@ from pyro_blora.inference.learning_rates import (
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import Callback, FitResult, running, training_loop
-from pyro_blora.inference.post_hoc import complete
+from pyro_blora.inference.post_hoc import finish
 from pyro_blora.inference.preparation import (
     Preparation,
     Snapshot,
     begin_training,
     draws_of_evaluation,
+    post_hoc_families,
     prepare,
 )
 from pyro_blora.likelihoods import Collate
@@ -192,7 +193,10 @@ def fit(
         blora.load_state_dict(result.best_state)
     options: dict[str, Any] = dict(batch_size=batch_size, precision=precision, progress=progress)
     with before.put_back_after(DataError, BatchError):  # others leave what has been learned
-        complete(blora, run.train, run.held_out, run.collate, **options)
+        if post_hoc_families(blora):
+            finish(blora, run.train, collate=run.collate, num_held_out=len(run.held_out), **options)
+        if len(run.held_out):
+            blora.calibrate(run.held_out, run.collate, **options)
     return result
 
 
