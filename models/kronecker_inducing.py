@@ -14,8 +14,6 @@ from pyro_blora.models._update_model import CORES, Core, UpdateModel
 from pyro_blora.network.targets import LayerGroup, dense_weight
 from pyro_blora.updates import LowRankUpdate, MarginalNoise
 
-Conditional = Literal["deterministic", "exact", "scaled"]
-
 
 class KroneckerInducing(UpdateModel):
     r"""A Kronecker-factored sparse Gaussian process over the weight update.
@@ -95,7 +93,7 @@ class KroneckerInducing(UpdateModel):
         sigma: float | None = None,
         scale: Literal["learned", "fixed"] = "learned",
         core: Core = "normal",
-        conditional: Conditional = "deterministic",
+        conditional: Literal["deterministic", "exact", "scaled"] = "deterministic",
         lambda_init: float = 0.1,
         noise_init: float = 0.1,
     ) -> None:
@@ -180,10 +178,6 @@ def _usual_sigma(group: LayerGroup) -> Tensor:
     for name, module in zip(group.module_names, group.modules, strict=True):
         weight = dense_weight(module, name)
         size = torch.ones(()) if weight.is_meta else torch.linalg.vector_norm(weight)
-        if not size.isfinite():
-            raise ConfigurationError(
-                f"The weight of {name} must be finite, got NaN or infinity; load the network anew."
-            )
         sizes.append((size / min(weight.shape) ** 0.5).to(group.device))
     rms = torch.stack(sizes)
     return 0.2 * torch.where(rms > 0, rms, 1.0)

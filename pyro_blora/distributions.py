@@ -1,7 +1,7 @@
-"""Distributions that neither torch nor Pyro has, and their KL divergences in closed form.
+"""Distributions that neither torch nor Pyro has, and their KL to normals in closed form.
 
-They are registered with torch, because :class:`pyro.infer.TraceMeanField_ELBO` silently falls back
-on a Monte Carlo estimate without them, and computed before any expansion of the parameters.
+The KL is registered with torch, because :class:`pyro.infer.TraceMeanField_ELBO` silently falls back
+on a Monte Carlo estimate without it, and computed before any expansion of the parameters.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import MultivariateNormal
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.distributions import Independent, Normal, constraints
 from torch.distributions.kl import register_kl
 from typing_extensions import Self
 
@@ -131,8 +131,9 @@ class MatrixNormal(RealNormal):
         return multiply(self.row_scale_tril, noise, self.col_scale_tril)
 
     def _log_density(self, value: Tensor) -> Tensor:
+        row, col = inverse(self.row_scale_tril), inverse(self.col_scale_tril)
         log_prob = (
-            -0.5 * mahalanobis(self, value - self.loc)
+            -0.5 * multiply(row, value - self.loc, col).square().sum((-2, -1))
             - half_log_det(self)
             - 0.5 * self.event_shape.numel() * math.log(2 * math.pi)
         )
@@ -160,12 +161,6 @@ def half_log_det(d: MatrixNormal) -> Tensor:
     (m, n), row, col = d.event_shape, d.row_scale_tril, d.col_scale_tril
     row, col = (x.diagonal(dim1=-2, dim2=-1).log().sum(-1) for x in (row, col))
     return n * row + m * col
-
-
-def mahalanobis(d: MatrixNormal, difference: Tensor) -> Tensor:
-    """``|L_r^-1 difference L_c^-T|^2``, at the broadcast batch shape of its arguments."""
-    row, col = inverse(d.row_scale_tril), inverse(d.col_scale_tril)
-    return multiply(row, difference, col).square().sum((-2, -1))
 
 
 class Reshaped(RealNormal):
@@ -244,28 +239,8 @@ def _to_normals(q: RealDistribution, p: Any) -> Tensor:
     error = (unexpanded.variance + (unexpanded.mean - loc).square()) / scale.square()
     cross = scale.log() + 0.5 * (error + math.log(2 * math.pi))
     cross = cross.sum(tuple(range(-len(q.event_shape), 0))) if q.event_shape else cross
-    return _expanded(cross - unexpanded.entropy(), q, p)
-
-
-def _between_matrix_normals(p: MatrixNormal, q: MatrixNormal) -> Tensor:
-    row = (inverse(q.row_scale_tril) @ p.row_scale_tril).square().sum((-2, -1))
-    col = (inverse(q.col_scale_tril) @ p.col_scale_tril).square().sum((-2, -1))
-    distance = mahalanobis(q, p.loc - q.loc)
-    kl = 0.5 * (row * col + distance - p.event_shape.numel()) + half_log_det(q) - half_log_det(p)
-    return _expanded(kl, p, q)
-
-
-def _from_normals(p: Any, q: MatrixNormal) -> Tensor:
-    loc, scale = _normals(p)
-    row = inverse(q.row_scale_tril).square().sum(-2).unsqueeze(-1)
-    col = inverse(q.col_scale_tril).square().sum(-2).unsqueeze(-2)
-    terms = 0.5 * (scale.square() * row * col - 1) - scale.log()
-    kl = terms.sum((-2, -1)) + 0.5 * mahalanobis(q, loc - q.loc) + half_log_det(q)
-    return _expanded(kl, p, q)
-
-
-def _expanded(kl: Tensor, p: Distribution, q: Distribution) -> Tensor:
-    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    kl = cross - unexpanded.entropy()
+    return kl.expand(torch.broadcast_shapes(q.batch_shape, p.batch_shape))
 
 
 def _normals(p: Any) -> tuple[Tensor, Tensor]:
@@ -285,5 +260,3 @@ def _normals(p: Any) -> tuple[Tensor, Tensor]:
 for family in (MatrixNormal, Reshaped):
     for normals in (Independent, Normal):
         register_kl(family, normals)(_to_normals)
-register_kl(MatrixNormal, MatrixNormal)(_between_matrix_normals)
-register_kl(Independent, MatrixNormal)(_from_normals)

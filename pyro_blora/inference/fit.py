@@ -17,12 +17,13 @@ from pyro_blora.inference.learning_rates import (
     steps_of_an_epoch,
 )
 from pyro_blora.inference.loop import Callback, FitResult, running, training_loop
-from pyro_blora.inference.post_hoc import complete
+from pyro_blora.inference.post_hoc import finish
 from pyro_blora.inference.preparation import (
     Preparation,
     Snapshot,
     begin_training,
     draws_of_evaluation,
+    post_hoc_families,
     prepare,
 )
 from pyro_blora.likelihoods import Collate
@@ -135,7 +136,7 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in _UNLISTED}
     blora.model.check_attached()
-    _check(settings, validation, callback)
+    _check(settings, validation)
     before = Snapshot(blora)
     with before.put_back_after(Exception):
         run = prepare(
@@ -150,12 +151,6 @@ def fit(
         )
         num_steps = _steps(run.train, num_steps, num_epochs, batch_size)
         settings |= {"num_steps": num_steps, "held_out": run.share}
-        if keep_best and num_steps <= validate_every:
-            warnings.warn(
-                f"keep_best=True compares validations, but this run has only one, after all of its "
-                f"{num_steps} steps; choose a validate_every= below {validate_every}.",
-                stacklevel=3,  # past the wrapper of one_at_a_time
-            )
         begin_training(blora)
         stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         if seed is not None:
@@ -171,8 +166,6 @@ def fit(
         with blora.model.autocast(precision):
             sizes = sizes_of(blora, batch)
         groups = parameter_groups(blora, sizes, run.rates)
-        if not groups:
-            raise ConfigurationError("There is nothing to train: no parameter requires a gradient.")
         validate = _validation(blora, run, batch_size, eval_samples)
         with running(blora, precision, training=True), torch.enable_grad():
             result = training_loop(
@@ -200,19 +193,20 @@ def fit(
         blora.load_state_dict(result.best_state)
     options: dict[str, Any] = dict(batch_size=batch_size, precision=precision, progress=progress)
     with before.put_back_after(DataError, BatchError):  # others leave what has been learned
-        complete(blora, run.train, run.held_out, run.collate, **options)
+        if post_hoc_families(blora):
+            finish(blora, run.train, collate=run.collate, num_held_out=len(run.held_out), **options)
+        if len(run.held_out):
+            blora.calibrate(run.held_out, run.collate, **options)
     return result
 
 
-def _check(settings: Mapping[str, Any], validation: Any, callback: Any) -> None:
+def _check(settings: Mapping[str, Any], validation: Any) -> None:
     """Checks the options of the loop; ``prepare`` checks the others."""
     for name in ("batch_size", "validate_every"):
         check_count(name, settings[name])
     for name, least in (("patience", 1), ("eval_samples", 0)):
         if settings[name] is not None:
             check_count(name, settings[name], least)
-    if callback is not None and not callable(callback):
-        raise ConfigurationError(f"callback must be a function, got {callback!r}.")
     if validation is None and settings["keep_best"]:
         raise ConfigurationError("keep_best=True needs validation=, by which the best is chosen.")
     if validation is None and settings["patience"] is not None:

@@ -157,16 +157,6 @@ def finish(
         return Laplace.finish(families, by_batch, trained)
 
 
-def complete(
-    blora: BayesianLoRA, train: Any, held_out: Any, collate: Collate | None, **options: Any
-) -> None:
-    """What follows the last step: the width of ``Laplace``, and temperatures by ``held_out``."""
-    if post_hoc_families(blora):
-        finish(blora, train, collate=collate, num_held_out=len(held_out), **options)
-    if len(held_out):
-        blora.calibrate(held_out, collate, **options)
-
-
 def scores(blora: BayesianLoRA, batch: Batch) -> dict[str, Tensor]:
     """``g_bc`` of :meth:`~pyro_blora.guides.Laplace.finish` at the guide's center, by site."""
     logits, jacobian = logit_jacobian(blora.model, blora.guide, batch)

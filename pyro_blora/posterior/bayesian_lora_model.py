@@ -9,11 +9,10 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar, cast
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
@@ -53,19 +52,12 @@ def _remove(adapters: Sequence[LayerHook]) -> None:
 
 
 def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes ``function`` wait for other threads; after an error it has drawn no random number."""
+    """Makes ``function`` wait for other threads."""
 
     @functools.wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> T:
         with LOCK:
-            cuda = torch.cuda.is_initialized()
-            before = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
-            try:
-                return function(*args, **options)
-            except BaseException:
-                torch.set_rng_state(before[0])
-                torch.cuda.set_rng_state_all(before[1])
-                raise
+            return function(*args, **options)
 
     return run
 
@@ -85,21 +77,13 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch on ``device``, with its lists and arrays of numbers as tensors."""
+    """The batch on ``device``."""
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
             "from examples with a collator, such as task.collator(tokenizer)(items)."
         )
-    return {key: _on_device(value, device) for key, value in batch.items()}
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list | np.ndarray):
-        arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
-        with suppress(TypeError, ValueError, RuntimeError):  # of texts or ragged rows
-            value = torch.tensor(np.asarray(value) if arrays else value)
-    return value.to(device) if isinstance(value, Tensor) else value
+    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
 class BayesianLoRAModel(PyroModule):
@@ -208,10 +192,6 @@ class BayesianLoRAModel(PyroModule):
 
     def start_at(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Starts the priors at ``B A`` by the layers' names, before the guide is made."""
-        if missing := [name for name in self.layer_names if name not in factors]:
-            raise ConfigurationError(
-                f"start must have (B, A) for each layer, got none for {', '.join(missing[:4])}."
-            )
         self.likelihood.trained_head.fill_(True)
         for group in self.groups:
             pairs = [factors[name] for name in group.module_names]
@@ -339,10 +319,9 @@ class BayesianLoRAModel(PyroModule):
         if count > 1 and ELBO_PLATE not in {plate.name for plate in get_plates()}:
             batch = repeat_batch(batch, count)
         elif examples % count:
-            divisors = [d for d in range(1, examples + 1) if examples % d == 0]
             raise ParticleError(
-                f"{examples} examples cannot be divided evenly among {count} particles. "
-                f"Choose num_particles from {divisors}, or drop the last incomplete batch."
+                f"{examples} examples cannot be divided evenly among {count} particles; choose a "
+                "num_particles that divides the batch, or drop the last incomplete one."
             )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)

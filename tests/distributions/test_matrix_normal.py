@@ -73,9 +73,8 @@ def test_agrees_with_dense(batches, expand, event):
 
 @pytest.mark.parametrize("p_batches", BATCHES)
 @pytest.mark.parametrize("q_batches", [FOUR, ((4,), (5, 1), ())])
-@pytest.mark.parametrize(("first", "second"), [(make, make), (make, normal), (normal, make)])
-def test_kl_agrees_with_dense(p_batches, q_batches, first, second):
-    p, q = first(*p_batches), second(*q_batches)
+def test_kl_agrees_with_dense(p_batches, q_batches):
+    p, q = make(*p_batches), normal(*q_batches)
     batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     expected = kl_divergence(dense(p.expand(batch)), dense(q.expand(batch)))
     assert_close(kl_divergence(p, q), expected)
@@ -88,7 +87,7 @@ def test_kl_agrees_with_dense(p_batches, q_batches, first, second):
 
 def test_work_does_not_grow_with_expansion_and_no_cholesky_is_taken():
     """The solves see the factors as they were given, whatever the plates expand them to."""
-    p, q, diagonal = (d.expand((50, 4)) for d in (make(*FOUR), make(*FOUR), normal(*FOUR)))
+    q, prior = (d.expand((50, 4)) for d in (make(*FOUR), normal(*FOUR)))
     with (
         patch.object(
             torch.linalg, "solve_triangular", wraps=torch.linalg.solve_triangular
@@ -96,18 +95,16 @@ def test_work_does_not_grow_with_expansion_and_no_cholesky_is_taken():
         patch.object(torch.linalg, "cholesky", side_effect=AssertionError),
         patch.object(torch.linalg, "cholesky_ex", side_effect=AssertionError),
     ):
-        kl_divergence(p, q)
-        kl_divergence(diagonal, q)
-        p.log_prob(p.sample())
+        kl_divergence(q, prior)
+        q.log_prob(torch.randn(q.shape()).double())
     assert max(arg.shape[:-2].numel() for call in solve.call_args_list for arg in call.args) == 4
 
 
 @pytest.mark.parametrize("base", [dist.Laplace, dist.LogNormal])
 def test_kl_without_closed_form(base):
     other = base(torch.zeros(M, N).double(), 1.0).to_event(2)
-    for pair in ((make(), other), (other, make())):
-        with pytest.raises(NotImplementedError):
-            kl_divergence(*pair)
+    with pytest.raises(NotImplementedError):
+        kl_divergence(make(), other)
 
 
 def test_of_equal_and_tiny_scales_it_is_zero():
@@ -120,7 +117,6 @@ ONE = torch.ones((), dtype=torch.float64)
 STANDARD = {
     "whole": dist.Normal(0 * ONE, ONE).expand([4, M, N]).to_event(2),
     "expanded by the plate alone": dist.Normal(0 * ONE, ONE).expand([M, N]).to_event(2),
-    "matrix": MatrixNormal(0 * ONE.expand(M, N), torch.eye(M).double(), torch.eye(N).double()),
 }
 
 

@@ -129,7 +129,7 @@ def test_one_that_is_off_is_refused_and_leaves_the_network_alone():
     net = blora.unwrap()
     newer = tiny.adapted(net, num_data=10, fast=False)
     expected = newer.predict(BATCH, 0).probs
-    state, before = torch.get_rng_state(), tiny.trained(blora)
+    before = tiny.trained(blora)
     for ask in (
         lambda: blora.predict(BATCH, 2),
         lambda: blora.predict(BATCH, 2, linearized=True),
@@ -142,7 +142,6 @@ def test_one_that_is_off_is_refused_and_leaves_the_network_alone():
     ):
         with pytest.raises(ConfigurationError, match="must be on its network"):
             ask()
-    assert torch.equal(torch.get_rng_state(), state)
     assert tiny.equal(tiny.trained(blora), before)
     blora.half().train()
     blora.unwrap()

@@ -1,9 +1,7 @@
-"""A call that is refused changes nothing: no parameter, no buffer, no random number, no file."""
+"""A call that is refused changes nothing: no parameter, no buffer, no file."""
 
 import math
-import random
 
-import numpy as np
 import peft
 import pytest
 import tiny
@@ -47,9 +45,6 @@ def blora(tmp_path):
 def state(blora, folder):
     parts = {**blora.state_dict(), **{f"net {n}": t for n, t in blora.net.state_dict().items()}}
     found = {name: value.clone() for name, value in parts.items()}
-    found["torch"] = torch.get_rng_state()
-    found["numpy"] = torch.tensor(np.random.get_state()[1].astype("int64"))  # noqa: NPY002
-    found["python"] = torch.tensor(random.getstate()[1])
     modes = [blora.training, blora.net.training, blora.model.enabled]
     modes += [p.requires_grad for p in blora.parameters()]
     others = blora.likelihood.options(), blora.tokenizer, vars(blora.method)
@@ -67,7 +62,7 @@ FIT = [
     {"num_particles": 0}, {"precision": "float8"}, {"train": []},
     {"train": DataLoader([])}, {"train": "no.csv"}, {"train": (r for r in ROWS)}, {"patience": 3},
     {"train": tiny.Stream(ROWS)}, {"train": BATCHES}, {"train": UNLABELED}, {"held_out": 1.5},
-    {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple}, {"callback": 3},
+    {"train": [(1, 2)], "collate": None}, {"validation": []}, {"collate": tuple},
     {"learning_rates": {"mean": -0.05}}, {"num_steps": None, "num_epochs": math.nan},
     {"batch_size": 2.5}, {"train": ROWS + LAST, "num_steps": 99}, {"eval_samples": -1},
     {"patience": 0, "validation": ROWS}, {"train": UNLABELED, "validation": [1], "collate": None},
@@ -125,7 +120,6 @@ CALLS = {
     "compare, theirs": compared("lora", "theirs", build_tokenizer(["a"])),
     "compare, steps": compared("lora", "out", seeds=[], num_steps=0),
 }
-SEEDED = ("Trainer.train", "Trainer.evaluate", f"fit, {len(FIT) - 4}")  # late, after draws
 ERRORS = (BatchError, CheckpointError, ConfigurationError, DataError)
 
 
@@ -136,8 +130,7 @@ def test_a_refused_call_changes_nothing(name, blora, tmp_path):
     with pytest.raises(IndexError if name == "finish, late" else ERRORS):
         CALLS[name](blora, tmp_path)
     after = state(blora, tmp_path)
-    changed = [n for n in before[0] | after[0] if not torch.equal(before[0][n], after[0][n])]
-    assert set(changed) <= ({"torch", "numpy", "python"} if name in SEEDED else set())
+    assert tiny.equal(before[0], after[0])
     assert before[1:] == after[1:]
 
 
@@ -148,11 +141,6 @@ WHOLE_BATCHES = DataLoader([tiny.sequences()], batch_size=None)  # of a number t
 def test_a_number_of_examples_that_cannot_be_is_refused(num_data, rows):
     with pytest.raises((BatchError, ConfigurationError), match="num_data"):
         tiny.train(tiny.adapted(num_data=num_data), rows)
-
-
-def test_an_adapter_without_parameters_to_train_is_refused():
-    with pytest.raises(ConfigurationError, match="nothing to train"):
-        tiny.train(tiny.adapted(num_data=10).requires_grad_(False))
 
 
 @pytest.mark.parametrize("guide", [None, AutoNormal, Laplace()])
