@@ -45,10 +45,6 @@ class DataError(ValueError):
     """Data is malformed, or a task or split does not exist."""
 
 
-class NoTargetError(ConfigurationError):
-    """No layer of the network matches ``target_modules``."""
-
-
 class BatchError(ValueError):
     """A batch lacks a key, or a tensor in it has the wrong shape, type or range."""
 
