@@ -53,8 +53,7 @@ def size_of(data: Any) -> int | None:
     whole = size_of(data.dataset)
     if whole is None or (data.batch_size is None and data.batch_sampler is None):
         return None  # the data set makes the batches
-    if isinstance(batches := data.batch_sampler, list | tuple):
-        return len({place for batch in batches for place in batch})
+    batches = data.batch_sampler
     sampler: Any = data.sampler if batches is None else getattr(batches, "sampler", None)
     if isinstance(sampler, _OF_ALL):
         return whole
