@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from torch.utils.data import DataLoader
 
 from pyro_blora.data import Task
-from pyro_blora.data.batches import Batches, predict_dataset
+from pyro_blora.data.batches import endless_batches, predict_dataset
 from pyro_blora.data.splits import hold_out
 from pyro_blora.errors import ConfigurationError, NonFiniteLossError
 from pyro_blora.evaluation.metrics import fit_temperature
@@ -126,8 +127,11 @@ def train_other(
     else:
         get_peft_model(net, LoraConfig(**lora))
     groups: list[dict[str, Any]] = [{"params": model.trained, "lr": rate}]
-    stream = Batches(train, collate, batch_size=batch_size, seed=seed)
-    groups += _new_heads(model, stream.peek()) if new_head else []
+    stream = endless_batches(train, collate, batch_size=batch_size, seed=seed)
+    if new_head:
+        seen = next(stream)
+        groups += _new_heads(model, seen)
+        stream = chain([seen], stream)
     weights, first = list[Tensor](), num_steps
     ivon: Any = None
     if name == "ivon-lora":

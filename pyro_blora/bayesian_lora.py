@@ -77,9 +77,9 @@ class BayesianLoRA(PyroModule):
             question, neither of which changes the logits.
 
     Raises:
-        NoTargetError: no layer matches.
-        ConfigurationError: a rank is too large or is passed along with a prior, a layer is already
-            adapted, or the likelihood, a head or a key of a mapping does not match the network.
+        ConfigurationError: no layer matches, a rank is too large or is passed along with a prior, a
+            layer is already adapted, or the likelihood, a head or a key of a mapping does not match
+            the network.
 
     Example::
 

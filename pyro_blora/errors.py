@@ -12,8 +12,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 def near_miss(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: likely corrections, and all known names."""
     known = sorted(set(known))
-    longer = [each for each in known if each.startswith(f"{name}_")]
-    close = longer or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{hint}Known: {', '.join(known)}"
 
@@ -43,10 +42,6 @@ class ConfigurationError(ValueError):
 
 class DataError(ValueError):
     """Data is malformed, or a task or split does not exist."""
-
-
-class NoTargetError(ConfigurationError):
-    """No layer of the network matches ``target_modules``."""
 
 
 class BatchError(ValueError):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pyro_blora.errors import DataError
+from pyro_blora.labels import listed
 
 FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
 
@@ -38,10 +39,8 @@ def item_of(record: Any, defaults: dict[str, Any]) -> Item:
         return record
     try:
         record = {**defaults, **record}
-        choices, label = record["choices"], record["label"]
-        choices = choices.tolist() if hasattr(choices, "tolist") else choices
+        choices, label = listed(record["choices"]), listed(record["label"])
         choices = tuple(choices) if isinstance(choices, list) else choices
-        label = label.item() if hasattr(label, "item") else label
         return Item(str(record["id"]), record["question"], choices, label)
     except (KeyError, TypeError) as error:
         raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None

@@ -20,7 +20,7 @@ def _is_class(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    value = _unboxed(value)
+    value = listed(value)
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -62,7 +62,7 @@ def check_rows(
             )
         given = [name for name in optional if (v := row.get(name)) is not None and v == v]
         for name in (*columns, *given):
-            (words, is_right), value = kinds.get(name, A_TEXT), _unboxed(row[name])
+            (words, is_right), value = kinds.get(name, A_TEXT), listed(row[name])
             if not is_right(value):
                 raise DataError(
                     f"The column {name!r} must hold {words}, got {value!r:.80} in row {k}; leave "
@@ -113,12 +113,8 @@ def first_tags(rows: Any, labeled: bool) -> dict[str | int, int]:
     return first_rows(every)
 
 
-def _unboxed(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-
-
 def _plain(value: Any) -> Any:
-    value = _unboxed(value)
+    value = listed(value)
     return str(value) if isinstance(value, bool) else value
 
 

@@ -1,7 +1,6 @@
 """Data: where items and rows come from, and how they become batches."""
 
 from pyro_blora.data.hub import read_hub
-from pyro_blora.data.tables import read_json_lines
 from pyro_blora.data.task import Task, load_task
 from pyro_blora.errors import DataError
 from pyro_blora.items import Item, Template, template_for
@@ -13,6 +12,5 @@ __all__ = [
     "Template",
     "load_task",
     "read_hub",
-    "read_json_lines",
     "template_for",
 ]

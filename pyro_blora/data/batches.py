@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torch.utils.data.sampler import RandomSampler, WeightedRandomSampler
 from tqdm.auto import tqdm
-from typing_extensions import Self
 
 from pyro_blora.data.tables import check_sized
 from pyro_blora.errors import BatchError, ConfigurationError, check_count
@@ -54,8 +53,7 @@ def size_of(data: Any) -> int | None:
     whole = size_of(data.dataset)
     if whole is None or (data.batch_size is None and data.batch_sampler is None):
         return None  # the data set makes the batches
-    if isinstance(batches := data.batch_sampler, list | tuple):
-        return len({place for batch in batches for place in batch})
+    batches = data.batch_sampler
     sampler: Any = data.sampler if batches is None else getattr(batches, "sampler", None)
     if isinstance(sampler, _OF_ALL):
         return whole
@@ -139,40 +137,25 @@ class _Bucketed:
         return iter(cut)
 
 
-class Batches:
-    """Endless batches, in a new order each epoch."""
-
-    def __init__(
-        self,
-        data: Sequence[Any] | DataLoader[Any],
-        collate: Collate | None = None,
-        *,
-        batch_size: int = 8,
-        seed: int | None = 0,
-    ) -> None:
-        if isinstance(data, DataLoader):
-            loader = data
-        else:
-            to_batch = collator(data, collate)
-            order = _Bucketed(lengths_of(data), batch_size, random.Random(seed))
-            places: Any = range(len(data))
-            loader = DataLoader(
-                places, batch_sampler=order, collate_fn=lambda at: to_batch([data[i] for i in at])
-            )
-        epochs = (batches_of(loader, None, batch_size) for _ in itertools.count())
-        self._batches = itertools.chain.from_iterable(epochs)
-        self._held: list[Batch] = []
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        return self._held.pop() if self._held else next(self._batches)
-
-    def peek(self) -> Batch:
-        """The next batch, without taking it."""
-        self._held = self._held or [next(self._batches)]
-        return self._held[0]
+def endless_batches(
+    data: Sequence[Any] | DataLoader[Any],
+    collate: Collate | None,
+    *,
+    batch_size: int,
+    seed: int | None,
+) -> Iterator[Batch]:
+    """Batches without end, in a new order each epoch."""
+    if isinstance(data, DataLoader):
+        loader = data
+    else:
+        to_batch = collator(data, collate)
+        order = _Bucketed(lengths_of(data), batch_size, random.Random(seed))
+        places: Any = range(len(data))
+        loader = DataLoader(
+            places, batch_sampler=order, collate_fn=lambda at: to_batch([data[i] for i in at])
+        )
+    epochs = (batches_of(loader, None, batch_size) for _ in itertools.count())
+    return itertools.chain.from_iterable(epochs)
 
 
 def predict_dataset(

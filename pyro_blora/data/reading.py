@@ -34,7 +34,8 @@ def reading(
     :meth:`Likelihood.read <pyro_blora.likelihoods.Likelihood.read>`.
     """
     if isinstance(data, DataLoader | IterableDataset):
-        likelihood.check_loader(data, collate, net, training=training)
+        rows, batched_by = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
+        likelihood.check_loader(rows, batched_by, net, training=training)
         return data, collate
     rows = read_table(data)
     check_sized(rows)

@@ -61,7 +61,7 @@ def _read_file(path: Path) -> Any:
     if path.suffix not in FILES:
         raise DataError(f"A file of examples must be one of {', '.join(FILES)}, got {path}.")
     if path.suffix == ".jsonl":
-        return [record for _, record in _records(path)]
+        return _records(path)
     if not path.is_file():
         raise DataError(f"{path} must be a file, got none; check the name and the current folder.")
     try:
@@ -87,23 +87,8 @@ def _read_file(path: Path) -> Any:
     return table
 
 
-def read_json_lines(path: str | PathLike[str]) -> list[Item]:
-    """Reads the items of one split.
-
-    Each line is a JSON object with the fields of an :class:`Item`, where ``choices`` is a list and
-    ``id`` may be missing. Other keys and blank lines are ignored.
-    """
-    path, items = Path(path), []
-    for number, record in _records(path):
-        try:
-            items.append(item_of(record, {"id": f"{path.stem}-{number}"}))
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
-    return items
-
-
-def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The objects in a file of JSON lines, each with the number of its line."""
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines."""
     if not path.is_file():
         raise DataError(_missing(path))
     records = []
@@ -113,7 +98,7 @@ def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise DataError(f"a line must be a JSON object, got {record!r:.80}")
-                records.append((number, record))
+                records.append(record)
         except ValueError as error:  # invalid JSON or UTF-8, or no object
             raise DataError(f"{path}, line {number}: {error}") from None
     if not records:

@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from pyro_blora.bayesian_lora import BayesianLoRA
-from pyro_blora.data.batches import Batches, batches_of, collator, size_of
+from pyro_blora.data.batches import batches_of, collator, endless_batches, size_of
 from pyro_blora.errors import BatchError, ConfigurationError, DataError, check_count, check_positive
 from pyro_blora.inference.learning_rates import (
     parameter_groups,
@@ -152,10 +153,11 @@ def fit(
         num_steps = _steps(run.train, num_steps, num_epochs, batch_size)
         settings |= {"num_steps": num_steps, "held_out": run.share}
         begin_training(blora)
-        stream = Batches(run.train, run.collate, batch_size=batch_size, seed=seed)
+        stream = endless_batches(run.train, run.collate, batch_size=batch_size, seed=seed)
         if seed is not None:
-            torch.manual_seed(seed)  # seeds the draws; Batches has its own generator
-        batch = blora.model.prepared(stream.peek())
+            torch.manual_seed(seed)  # seeds the draws; the batches have their own generator
+        first = next(stream)
+        batch = blora.model.prepared(first)
         start_guide(blora.guide)  # so that an AutoGuide has parameters to optimize
         size = run.train.batch_size if isinstance(run.train, DataLoader) else None
         if size and batch.examples > size:
@@ -172,7 +174,7 @@ def fit(
                 blora,
                 run.objective,
                 groups,
-                stream,
+                chain([first], stream),
                 settings,
                 # directions and heads stop early, because no KL keeps them from memorizing
                 point_steps=point_steps(blora, steps_of_an_epoch(run.train, batch_size), sizes),

@@ -159,10 +159,9 @@ class Likelihood(Options, PyroModule):
         return collate
 
     def check_loader(
-        self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
-        """Checks a loader of batches, whose rows are not read beforehand."""
-        collate, rows = getattr(data, "collate_fn", collate), getattr(data, "dataset", data)
+        """Checks the data set and the collator of a loader, whose rows are not read beforehand."""
         if isinstance(collate, PromptCollator) and hasattr(rows, "__len__"):
             check_choices(rows)
         self._check_numbering(rows, collate, training)

@@ -1,6 +1,6 @@
 """Classification by the next token among a few answer tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item, Template
+from pyro_blora.labels import has_places
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator, choices_of, is_from
+from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
 
@@ -66,27 +67,16 @@ class LabelTokens(Likelihood):
                 f"{list(self.token_ids)}; take them from the network's own tokenizer."
             )
 
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """Checks the rows; their choices must have the order of the training's."""
-        collate = super().read(rows, collate, net, labeled=labeled, training=training)
-        ours = is_from(collate, "pyro_blora.")  # others may read other columns
-        if ours and isinstance(collate, LabelTokensCollator) and not collate.letters:
-            first = rows[0]
-            names = first.choices if isinstance(first, Item) else first["choices"]
-            self.check_names(names, training)
-        return collate
-
-    def check_loader(
-        self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
-    ) -> None:
-        """Checks the order of the choices of items, too."""
-        super().check_loader(data, collate, net, training=training)
-        collate = getattr(data, "collate_fn", collate)
+    def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
+        """Refuses choices in another order than in training; the collator compares the rows'."""
+        super()._check_numbering(rows, collate, training)
         if isinstance(collate, LabelTokensCollator) and not collate.letters:
-            rows = getattr(data, "dataset", data)
-            self.check_names(choices_of(rows, of_dictionaries=True), training)
+            by_place = has_places(rows) and hasattr(rows, "__getitem__") and len(rows)
+            first = rows[0] if by_place else None
+            if isinstance(first, Item):
+                self.check_names(first.choices, training)
+            elif isinstance(first, Mapping):
+                self.check_names(first.get("choices", ()), training)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""

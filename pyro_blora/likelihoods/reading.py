@@ -145,10 +145,8 @@ def positions_of(net: nn.Module, mask: Tensor | None) -> dict[str, Tensor]:
         return {}  # its positions are relative
     if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):  # the network's are right
         return {}
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING as ENCODERS
-
     takes = "position_ids" in inspect.signature(without_peft(net).forward).parameters
-    if takes and type(config) not in ENCODERS:
+    if takes and type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
     raise BatchError(
         f"Rows are padded on the left, and {type(net).__name__} takes no position_ids counted from "

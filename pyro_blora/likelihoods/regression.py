@@ -79,12 +79,12 @@ class Regression(Likelihood):
         return collate
 
     def check_loader(
-        self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
         """A training takes the mean and the deviation of the labels from the loader's rows."""
-        super().check_loader(data, collate, net, training=training)
+        super().check_loader(rows, collate, net, training=training)
         if training:
-            self._standardize(getattr(data, "dataset", data), getattr(data, "collate_fn", None))
+            self._standardize(rows, collate)
 
     def _standardize(self, rows: Any, collate: Collate | None) -> None:
         """Takes the unit of the labels, unless it is known or a trained head has it."""

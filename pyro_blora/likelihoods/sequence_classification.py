@@ -248,37 +248,37 @@ class SequenceClassification(Likelihood):
         return classes, count
 
     def check_loader(
-        self, data: Any, collate: Collate | None, net: nn.Module, *, training: bool
+        self, rows: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
         """Refuses a loader whose batches number the classes otherwise than the logits do."""
-        whole, collate = getattr(data, "dataset", data), getattr(data, "collate_fn", collate)
         ours = collate if isinstance(collate, ClassificationCollator) else None
         given = ours.classes if ours else ()
-        names = next(filter(None, (classes_of(whole, name) for name in self.label_columns)), [])
-        if ours and not given and (choices := choices_of(whole)):
+        names = next(filter(None, (classes_of(rows, name) for name in self.label_columns)), [])
+        if ours and not given and (choices := choices_of(rows)):
             # it reads a choice that is a number as the place of a logit
             count = max(map(int, choices)) + 1 if are_numbers(choices) else 0
             names = [*map(str, range(count))] or choices
         plain = collate is None or is_from(collate, "transformers.", "torch.")
         if plain or (ours and not ours.data_names):
-            warn_of_lost_names(whole, given or self.classes or logit_names(net) or self.data_names)
+            warn_of_lost_names(rows, given or self.classes or logit_names(net) or self.data_names)
         else:
             names = []  # the collator reads labels by itself
         if given and names:  # numbers are read as they are, or as names that are numbers
             read = [given[label_of(k, given)] for k in range(len(names))]
             check_places(names, read, unknown=True)
         self._check_order(given, names, net)
-        if training and self.classes is None and (given or names):
+        if not training:
+            return
+        if self.classes is None and (given or names):
             class_names(net, given or names)  # refuses another number of them than of outputs
-        if training and given:
+        if given:
             self.classes = self.classes or given
-        elif training and names and self.classes is None and {*names} <= {*logit_names(net)}:
+        elif self.classes is None and names and {*names} <= {*logit_names(net)}:
             self.classes = logit_names(net)
-        elif training and not _are_logits(names, net):
-            if self.classes is None:
-                self.classes = tuple(names)
-            elif self.classes == ():
-                self.data_names = self.data_names or tuple(names)
+        elif self.classes is None and not _are_logits(names, net):
+            self.classes = tuple(names)
+        elif self.classes == () and not _are_logits(names, net):
+            self.data_names = self.data_names or tuple(names)
 
     def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
         """Refuses classes of a collator, or names of numbers, in another order than the logits."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_blora.debts import execution_device, is_offloaded, slots_of
-from pyro_blora.errors import ConfigurationError, NoTargetError, near_miss
+from pyro_blora.errors import ConfigurationError, near_miss
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ def find_targets(
     if target_modules is None:
         usual = [names for names in _DEFAULT_TARGETS if endings >= {*names}]
         if not usual:
-            raise NoTargetError(
+            raise ConfigurationError(
                 f"{type(net).__name__} has none of the usual attention projections; pass "
                 f"target_modules=, a list of some of {sorted(endings)} or 'all-linear'."
             )
@@ -193,7 +193,7 @@ def find_targets(
                 warnings.warn(f"{idle} of {option} matches no linear layer; {hint}", stacklevel=4)
         return {name: linear[name] for name in chosen}
     names = [target_modules] if isinstance(target_modules, str) else target_modules
-    raise NoTargetError(
+    raise ConfigurationError(
         f"target_modules={target_modules!r} matches {len(named)} linear layers, of which "
         "exclude_modules and layers_to_transform leave none. A list has suffixes, and a string is "
         f"a regular expression for whole names; {near_miss((*names, '')[0], endings)}."

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from pyro_blora import BayesianLoRA, fit, guides, models
-from pyro_blora.data.batches import Batches
+from pyro_blora.data.batches import endless_batches
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.inference import RATES, parameter_groups
 from pyro_blora.inference.loop import rate
@@ -100,7 +100,7 @@ def test_lora_is_peft_s():
     full = METHODS["lora"].learning_rates["mean"]
     optimizer = torch.optim.AdamW(trained.values(), lr=full, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(i, 15))
-    for rows_now in islice(Batches(rows, tiny.collate, batch_size=4, seed=3), 15):
+    for rows_now in islice(endless_batches(rows, tiny.collate, batch_size=4, seed=3), 15):
         optimizer.zero_grad()
         logits = likelihood.logits(net, rows_now)
         torch.nn.functional.cross_entropy(logits, rows_now["labels"]).backward()

@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from pyro_blora.errors import NoTargetError
+from pyro_blora.errors import ConfigurationError
 from pyro_blora.network.targets import find_targets, group_layers
 
 
@@ -56,7 +56,7 @@ NONE += [(None, {"net": nn.Sequential(nn.Linear(4, 3))})]
 
 @pytest.mark.parametrize(("wanted", "options"), NONE)
 def test_no_target(wanted, options):
-    with pytest.raises(NoTargetError):
+    with pytest.raises(ConfigurationError):
         find_targets(**{"net": tiny.llama(), "target_modules": wanted, **options})
 
 

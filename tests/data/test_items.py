@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pyro_blora.data import DataError, Item, Template, read_hub, read_json_lines, template_for
+from pyro_blora.data import DataError, Item, Template, load_task, read_hub, template_for
+from pyro_blora.data.tables import read_table
 
 GOOD = {"id": "a-0", "question": "2 + 2?", "choices": ["3", "4"], "label": 1}
 
@@ -27,18 +28,23 @@ def test_reads_items_in_file_order_whatever_is_between_and_beside_them(tmp_path)
     other = json.dumps(GOOD | {"id": "b", "question": question}, ensure_ascii=False).encode()
     path = write_lines(tmp_path, bom + line(extra=[1]) + b"\r", b"  ", other, b"")
     expected = [Item("a-0", "2 + 2?", ("3", "4"), 1), Item("b", question, ("3", "4"), 1)]
-    assert read_json_lines(path) == read_json_lines(str(path)) == expected
+    assert read_table(path) == read_table(str(path))
+    assert load_task("arc", data_dir=tmp_path).test == tuple(expected)
 
 
-BAD = [b"{", b"[1]", b"\xff", b'{"id": "a", "question": "?", "choices": ["3", "4"]}']
-BAD += [line(question=" "), line(choices=["3"]), line(choices=["3", 4])]
-BAD += [line(label=2), line(label=True)]
-
-
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("bad", [b"{", b"[1]", b"\xff"])
 def test_a_bad_line_is_named(tmp_path, bad):
     with pytest.raises(DataError, match=r"test\.jsonl, line 2"):
-        read_json_lines(write_lines(tmp_path, line(), bad))
+        read_table(write_lines(tmp_path, line(), bad))
+
+
+BAD = [{"question": " "}, {"choices": ["3"]}, {"choices": ["3", 4]}, {"label": 2}, {"label": True}]
+
+
+@pytest.mark.parametrize("bad", [*(GOOD | change for change in BAD), {"question": "?"}])
+def test_an_item_that_is_none_is_shown(bad):
+    with pytest.raises(DataError, match="got "):
+        load_task({"test": [GOOD, bad]})
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_a_bad_line_is_named(tmp_path, bad):
 def test_a_file_that_is_missing_or_empty(tmp_path, missing):
     write_lines(tmp_path, b"\n \n")
     with pytest.raises(DataError):
-        read_json_lines(tmp_path / missing)
+        read_table(tmp_path / missing)
 
 
 def test_the_template_of_a_task():

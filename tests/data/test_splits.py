@@ -42,7 +42,6 @@ SIZES = {
     # of the whole set in the course of the epochs
     "some at a time": (sampled(data.RandomSampler(ROWS, num_samples=5)), 20),
     "weighted rows": (sampled(data.WeightedRandomSampler([1.0] * 20, 50)), 20),
-    "a list of batches": (data.DataLoader(ROWS, batch_sampler=[[0, 1], [1, 2], [0]]), 3),
     "unknown batches": (data.DataLoader(ROWS, batch_sampler=Places()), None),
     "unknown places": (sampled(Places()), None),
     "batches of places": (data.DataLoader(ROWS, batch_sampler=PLACES), 8),

@@ -14,7 +14,7 @@ from pyro.optim import ClippedAdam
 from torch.utils.data import ConcatDataset, DataLoader
 
 from pyro_blora import BayesianLoRA
-from pyro_blora.data.batches import Batches
+from pyro_blora.data.batches import endless_batches
 from pyro_blora.guides import Delta, Ensemble, MeanField
 from pyro_blora.inference import RATES, learning_rates, loop, optim_args, parameter_groups
 from pyro_blora.likelihoods import CausalLM, SequenceClassification
@@ -253,7 +253,7 @@ def test_an_optimizer_of_pyro_takes_the_rates_of_the_method(guide, local):
 
 def epochs(count, rows, *, by_length=True, seed=0):
     data = rows if by_length else ConcatDataset([rows])  # lengths are not read of it
-    stream = Batches(data, tiny.collate, batch_size=4, seed=seed)
+    stream = endless_batches(data, tiny.collate, batch_size=4, seed=seed)
     per_epoch = -(-len(rows) // 4)
     drawn = [b["index"].tolist() for b in itertools.islice(stream, count * per_epoch)]
     return [drawn[i : i + per_epoch] for i in range(0, len(drawn), per_epoch)]

@@ -145,8 +145,7 @@ def test_choices_whose_numbers_have_names_in_another_order_are_refused():
             collate = MultipleChoiceCollator(TOKENIZER)
             MultipleChoice().read(named, collate, None, labeled=True, training=True)
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
-            loader = DataLoader(named, collate_fn=collate)
-            MultipleChoice().check_loader(loader, None, None, training=True)
+            MultipleChoice().check_loader(named, collate, None, training=True)
 
 
 @pytest.mark.parametrize("kind", [lambda item: item, asdict], ids=["items", "dictionaries"])
@@ -171,4 +170,4 @@ def test_a_column_that_a_likelihood_does_not_read_may_have_any_names():
     empty = data.cast_column("label", names).select([])
     named = Dataset.from_list(ITEMS).cast_column("label", names)
     assert not load_task({"train": named, "test": named.select([])}).test
-    MultipleChoice().check_loader(DataLoader(empty), None, None, training=False)
+    MultipleChoice().check_loader(empty, MultipleChoiceCollator(TOKENIZER), None, training=False)
