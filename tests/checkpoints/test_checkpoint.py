@@ -124,7 +124,7 @@ def test_a_spoiled_folder_is_refused(spoil, tmp_path):
     assert not any(m._forward_hooks for m in base.modules())
 
 
-class Labels(tiny.LabelTokens):
+class Labels(LabelTokens):
     """A likelihood of the user's own."""
 
 
