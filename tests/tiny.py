@@ -4,6 +4,7 @@ import inspect
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro
 import torch
@@ -71,6 +72,19 @@ def labeler():
 def tagger():
     """The same for the class of each token."""
     return bert(task="TokenClassification")
+
+
+class BareClassifier(torch.nn.Module):
+    """The same around a BERT, without a configuration."""
+
+    def __init__(self, vocabulary=VOCABULARY):
+        super().__init__()
+        self.bert = bert(vocab_size=vocabulary).bert
+        self.classifier = torch.nn.Linear(16, len(ANSWERS))
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        hidden = self.bert(input_ids, attention_mask=attention_mask).pooler_output
+        return SimpleNamespace(logits=self.classifier(hidden))
 
 
 def scorer(vocabulary=VOCABULARY, **options):
