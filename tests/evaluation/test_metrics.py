@@ -12,7 +12,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation import metrics as m
 from pyro_blora.generation import Generation
 from pyro_blora.prediction import Prediction
-from pyro_blora.scores import auroc, confidence_bins, ece_by_chance, evaluate, item_scores
+from pyro_blora.scores import auroc, ece_by_chance, evaluate, item_scores
 
 # Confidences 0.75, 0.625, 0.5, 1; the second and the third item are wrong
 PROBS = torch.tensor(
@@ -74,16 +74,6 @@ def test_absent_choices_and_the_dtype_of_labels_do_not_matter():
     padded = torch.nn.functional.pad(logits, (0, 2), value=-math.inf)
     expected = m.fit_temperature(logits, labels)
     assert m.fit_temperature(padded, labels) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
-def test_the_bins_are_those_of_the_ece(kind):
-    """Of one on an edge, right, and one in the bin below, wrong: in one bin they cancel."""
-    for edge in range(8, 16):
-        top = torch.tensor([edge / 15, (edge - 0.5) / 15], dtype=kind)
-        probs, labels = torch.stack([top, 1 - top], -1), torch.tensor([0, 1])
-        gaps = torch.zeros(15).index_add(0, confidence_bins(top, 15), 1 - labels - top.float())
-        assert float(gaps.abs().sum()) / 2 == pytest.approx(evaluate(probs, labels).ece, abs=1e-6)
 
 
 def test_ece_by_chance_is_the_mean_over_all_labels_of_a_calibrated_one():
