@@ -1,6 +1,5 @@
 """The Hugging Face ``Trainer`` on the ELBO."""
 
-import datasets
 import pyro
 import pytest
 import tiny
@@ -14,7 +13,6 @@ from pyro_blora.errors import DataError
 from pyro_blora.inference import RATES
 from pyro_blora.likelihoods import (
     MultiLabel,
-    Ordinal,
     Regression,
     SequenceClassification,
     TokenClassification,
@@ -123,7 +121,7 @@ def test_metrics_are_computed_of_what_is_predicted(rows, likelihood, net, tmp_pa
         tmp_path, blora, rows=rows, eval_dataset=rows, compute_metrics=compute_metrics, **options
     )
     run.train()
-    loss = run.evaluate()["eval_loss"]
+    run.evaluate()
     prediction, labels = blora.predict_dataset(rows, None, 0, progress=False)
     expected = prediction.mean
     if likelihood is not Regression:
@@ -133,8 +131,6 @@ def test_metrics_are_computed_of_what_is_predicted(rows, likelihood, net, tmp_pa
     assert torch.equal(truth, labels)
     real = labels >= 0
     torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
-    log_probs, _ = blora.log_predictive_dataset(rows, None, 0, progress=False)
-    assert loss == pytest.approx(-float(log_probs.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -174,22 +170,6 @@ def test_a_refused_training_leaves_nothing_to_the_next_one(is_second, tmp_path):
         run.train()
         ends.append(tiny.trained(run.blora))
     assert tiny.equal(*ends)
-
-
-def test_a_checkpoint_refuses_numbers_with_names_in_another_order(tmp_path):
-    tokenizer = build_tokenizer(["a film"], bos="<s>", pad="<pad>")
-    rows = datasets.Dataset.from_list([{"text": f"a film {k}", "label": k % 3} for k in range(12)])
-
-    def run(*names):
-        net = tiny.bert(vocab_size=len(tokenizer), num_labels=1)
-        blora = BayesianLoRA(net, likelihood=Ordinal(num_classes=3), tokenizer=tokenizer)
-        named = rows.cast_column("label", datasets.ClassLabel(names=[*names]))
-        options = {"data_collator": None, "save_strategy": "steps", "save_steps": 2}
-        return trainer(tmp_path, blora, rows=named, **options)
-
-    run("poor", "fair", "good").train()
-    with pytest.raises(DataError, match="must number the classes as"):
-        run("good", "fair", "poor").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path):
