@@ -4,19 +4,12 @@ import pyro
 import pytest
 import tiny
 import torch
-from own_tokenizer import build_tokenizer
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
 
 from pyro_blora import BayesianLoRA, guides
 from pyro_blora.errors import DataError
 from pyro_blora.inference import RATES
-from pyro_blora.likelihoods import (
-    MultiLabel,
-    Regression,
-    SequenceClassification,
-    TokenClassification,
-)
 
 ROWS = tiny.examples(12)
 
@@ -87,50 +80,6 @@ def test_it_ends_with_the_best_evaluation(tmp_path):
     losses = [e["eval_loss"] for e in run.state.log_history if "eval_loss" in e]
     assert min(losses) < losses[-1]
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-
-
-WORDS, TAGS = ("a", "warm", "film"), (1, 0, 2)
-TAGGED = [{"tokens": WORDS[: 2 + k % 2], "tags": TAGS[: 2 + k % 2]} for k in range(6)]
-SEVERAL = [{"text": "a film"[k:], "label": [k % 2, 1, 0]} for k in range(4)]
-NUMBERS = [{"text": "a film"[k:], "label": float(k)} for k in range(4)]
-CLASSES = [{"text": "a film"[k:], "label": k % 3} for k in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("rows", "likelihood", "net"),
-    [
-        (TAGGED, TokenClassification, {"task": "TokenClassification"}),
-        (SEVERAL, MultiLabel, {"problem_type": "multi_label_classification"}),
-        (NUMBERS, Regression, {"num_labels": 1}),
-        (CLASSES, SequenceClassification, {}),
-    ],
-)
-def test_metrics_are_computed_of_what_is_predicted(rows, likelihood, net, tmp_path):
-    tokenizer = build_tokenizer(["a warm film"], bos="<s>", pad="<pad>")
-    seen = []
-
-    def compute_metrics(found):
-        seen.append((torch.tensor(found.predictions), torch.tensor(found.label_ids)))
-        return {}
-
-    blora = BayesianLoRA(
-        tiny.bert(vocab_size=len(tokenizer), **net), likelihood=likelihood(), tokenizer=tokenizer
-    )
-    options = {"data_collator": None, "per_device_eval_batch_size": 2, "eval_samples": 0}
-    run = trainer(
-        tmp_path, blora, rows=rows, eval_dataset=rows, compute_metrics=compute_metrics, **options
-    )
-    run.train()
-    run.evaluate()
-    prediction, labels = blora.predict_dataset(rows, None, 0, progress=False)
-    expected = prediction.mean
-    if likelihood is not Regression:
-        several = likelihood is MultiLabel
-        expected = expected.logit()[..., -1] if several else expected.log()
-    found, truth = seen[-1]
-    assert torch.equal(truth, labels)
-    real = labels >= 0
-    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -107,6 +107,32 @@ def test_a_bad_row_is_named_in_one_line_before_a_step(kind, bad):
 
 
 @pytest.mark.parametrize("kind", ROWS)
+def test_metrics_of_a_trainer_are_computed_of_what_is_predicted(kind, tmp_path):
+    """Words in batches of other lengths, too, each in its place."""
+    blora, rows, seen = adapter(kind), ROWS[kind], []
+
+    def compute_metrics(found):
+        seen.append((torch.tensor(found.predictions), torch.tensor(found.label_ids)))
+        return {}
+
+    options = {"max_steps": 4, "data_collator": None, "eval_samples": 0, "eval_dataset": rows}
+    options |= {"per_device_eval_batch_size": 2, "compute_metrics": compute_metrics}
+    trainer = tiny.trainer(tmp_path, blora, rows, **options)
+    trainer.train()
+    trainer.evaluate()
+    prediction, labels = blora.predict_dataset(rows, None, 0, progress=False)
+    expected = prediction.mean
+    if kind == "labels":
+        expected = expected.logit()[..., -1]
+    elif kind != "numbers":
+        expected = expected.log()
+    found, truth = seen[-1]
+    assert torch.equal(truth, labels)
+    real = labels >= 0
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROWS)
 def test_methods_are_compared(kind, tmp_path):
     likelihood = PASSED["order"]() if kind == "order" else None  # others follow from the rows
     pair, methods = (NETS[kind](), TOKENIZER), ["lora", "mean:bayesian-lora"]
