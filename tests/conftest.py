@@ -14,3 +14,10 @@ def _clean_pyro(monkeypatch):
     with pyro.validation_enabled(True):
         yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(params=["global store", "module-local"])
+def parameter_store(request):
+    """Both of Pyro's ways to keep parameters."""
+    with pyro.settings.context(module_local_params=request.param == "module-local"):
+        yield

@@ -4,6 +4,7 @@ import inspect
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro
 import torch
@@ -12,19 +13,8 @@ from pyro.infer import TraceMeanField_ELBO
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
-from pyro_blora import BayesianLoRA, fit, guides, models
+from pyro_blora import BayesianLoRA, fit, guides, likelihoods, models
 from pyro_blora.inference.trainer import BayesianLoRATrainer
-from pyro_blora.likelihoods import (
-    CausalLM,
-    LabelTokens,
-    MultiLabel,
-    MultipleChoice,
-    Ordinal,
-    Preference,
-    Regression,
-    SequenceClassification,
-    TokenClassification,
-)
 
 VOCABULARY = 32
 ANSWERS = (5, 6, 7)
@@ -77,6 +67,24 @@ def bert(layers=2, *, name="Bert", task="SequenceClassification", **options):
 def labeler():
     """The same for three labels at once."""
     return bert(problem_type="multi_label_classification")
+
+
+def tagger():
+    """The same for the class of each token."""
+    return bert(task="TokenClassification")
+
+
+class BareClassifier(torch.nn.Module):
+    """The same around a BERT, without a configuration."""
+
+    def __init__(self, vocabulary=VOCABULARY):
+        super().__init__()
+        self.bert = bert(vocab_size=vocabulary).bert
+        self.classifier = torch.nn.Linear(16, len(ANSWERS))
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        hidden = self.bert(input_ids, attention_mask=attention_mask).pooler_output
+        return SimpleNamespace(logits=self.classifier(hidden))
 
 
 def scorer(vocabulary=VOCABULARY, **options):
@@ -208,7 +216,7 @@ class SizedStream(Stream):
 
 def adapted(net=None, *, num_data=12, rank=2, prior=None, guide=None, **options):
     """A tiny Llama with ``q_proj`` and ``v_proj`` adapted; draws are wide enough to tell apart."""
-    options.setdefault("likelihood", LabelTokens(token_ids=ANSWERS, num_data=num_data))
+    options.setdefault("likelihood", likelihoods.LabelTokens(token_ids=ANSWERS, num_data=num_data))
     options.setdefault("target_modules", ["q_proj", "v_proj"])
     return BayesianLoRA(
         llama() if net is None else net,
@@ -343,13 +351,13 @@ def contract(module, base, name, *, make=None, parts=None, **members):
 
 #: How each likelihood is made, a network, and its batches.
 LIKELIHOODS = {
-    "CausalLM": (CausalLM, llama, texts),
-    "LabelTokens": (partial(LabelTokens, token_ids=ANSWERS), llama, sequences),
-    "MultiLabel": (MultiLabel, labeler, several),
-    "MultipleChoice": (MultipleChoice, llama, choices),
-    "Ordinal": (partial(Ordinal, num_classes=3), scorer, sequences),
-    "Preference": (Preference, scorer, pairs),
-    "Regression": (Regression, scorer, numbers),
-    "SequenceClassification": (SequenceClassification, bert, sequences),
-    "TokenClassification": (TokenClassification, partial(bert, task="TokenClassification"), tags),
+    "CausalLM": (likelihoods.CausalLM, llama, texts),
+    "LabelTokens": (partial(likelihoods.LabelTokens, token_ids=ANSWERS), llama, sequences),
+    "MultiLabel": (likelihoods.MultiLabel, labeler, several),
+    "MultipleChoice": (likelihoods.MultipleChoice, llama, choices),
+    "Ordinal": (partial(likelihoods.Ordinal, num_classes=3), scorer, sequences),
+    "Preference": (likelihoods.Preference, scorer, pairs),
+    "Regression": (likelihoods.Regression, scorer, numbers),
+    "SequenceClassification": (likelihoods.SequenceClassification, bert, sequences),
+    "TokenClassification": (likelihoods.TokenClassification, tagger, tags),
 }

@@ -19,8 +19,10 @@ def compare(run_words):
     return compare
 
 
-def test_rows_for_every_method_and_seed(compare, tmp_path):
+def test_rows_for_every_method_and_seed_beside_the_files_of_others(compare, tmp_path):
     out = tmp_path / "out"
+    put(out, NEIGHBORS)
+    before = tree(out)
     methods = "lora,bayesian-lora,blob,mean:bayesian-lora,distilled:bayesian-lora,split:lora"
     (tmp_path / "other.jsonl").write_text('{"text": "the answer is"}\n{"text": "it is"}\n')
     options = ["--seeds", "0,1", "--max-steps", 6, "--max-train", 24]
@@ -43,6 +45,8 @@ def test_rows_for_every_method_and_seed(compare, tmp_path):
     assert results["settings"]["precision"] == choose_precision("auto")
     assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
     assert "±" in text
+    after = tree(out)
+    assert {name: after.get(name) for name in before} == before
 
 
 def test_an_interrupted_comparison_goes_on_from_there(compare, tmp_path, monkeypatch):
@@ -86,16 +90,3 @@ def test_methods_and_seeds_may_differ_from_what_is_there(compare, tmp_path):
     text, again = compare(out, own[0], "--seeds", "1", *short)  # fewer are shown, none lost
     assert not re.search(r"\bmap\b", text)
     assert again == document
-
-
-COMPARING = ["--methods", "lora", "--seeds", "0", "--max-steps", 1, "--max-test", 3]
-
-
-def test_neighbors_are_as_they_were(run_words, tmp_path):
-    out = tmp_path / "out"
-    put(out, NEIGHBORS)
-    before = tree(out)
-    run_words("compare", out, *COMPARING)
-    after = tree(out)
-    assert {name: after.get(name) for name in before} == before
-    assert after.keys() - before.keys()

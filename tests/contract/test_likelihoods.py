@@ -40,6 +40,8 @@ EMPTY = GONE.clone()
 PADDED[2] = GONE[1, 2] = EMPTY[1] = 0
 LEFT = {k: v.flip(-1) if v.dim() == 3 else v for k, v in CHOICES.items()}
 LEFT["option_mask"] &= torch.arange(8) > 0
+UNSCORED = tiny.texts()
+UNSCORED["labels"][2] = -100  # it would count as an example and teach nothing
 FLAT = {**CHOICES, "option_mask": CHOICES["option_mask"].any(-1)}
 PAIRS = tiny.pairs()
 PAIRS["attention_mask"][1, 1] = 0
@@ -49,6 +51,7 @@ LABELS = [
     (ANSWERS, {**ROWS, "labels": torch.zeros(4, 2).long()}),
     (ANSWERS, {**ROWS, "labels": ROWS["labels"] / 2}),
     (CausalLM, ROWS),
+    (CausalLM, UNSCORED),
     (MultiLabel, ROWS),
     (MultiLabel, {**ROWS, "labels": torch.full((4, 3), 0.5)}),
     (MultipleChoice, {**CHOICES, "option_mask": GONE, "labels": torch.tensor([0, 2, 1])}),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import datasets
 import pytest
 import tiny
@@ -10,10 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import DataError, Item
-from pyro_blora.errors import BatchError
 from pyro_blora.items import Template, template_for
 from pyro_blora.likelihoods import (
-    CausalLM,
     LabelTokens,
     LabelTokensCollator,
     MultipleChoice,
@@ -128,18 +128,27 @@ class TestLabelTokens:
             LabelTokensCollator(build(), template)
 
 
-@pytest.mark.parametrize(("fresh", "letters"), [(False, ""), (True, ""), (True, "AB")])
-def test_choices_keep_the_order_of_the_training(fresh, letters, wrapped):
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("form", ["table", "letters", "loader", "loader of items"])
+def test_choices_keep_the_order_of_the_training(form, fresh, wrapped):
     collate, net = LabelTokensCollator(wrapped, LABELS), tiny.llama(vocab_size=len(wrapped))
     blora = BayesianLoRA(net, likelihood=LabelTokens(token_ids=collate.token_ids))
-    rows = [{"question": f"film {k}", "choices": ["bad", "good"], "label": k % 2} for k in range(9)]
-    table = datasets.Dataset.from_list(rows)
-    if letters:
-        table = table.cast_column("label", datasets.ClassLabel(names=[*letters]))
-    fit(blora, table, collate=collate, num_steps=1, progress=False)
-    turned = [{**row, "choices": ["good", "bad"], "label": 1 - row["label"]} for row in rows]
-    with pytest.raises(DataError, match=r"order|number the classes"):
-        blora.evaluate(turned, LabelTokensCollator(wrapped, LABELS) if fresh else collate, 2)
+    items = [Item(str(k), f"film {k}", ("bad", "good"), k % 2) for k in range(9)]
+    turned = [replace(item, choices=("good", "bad"), label=1 - item.label) for item in items]
+    if form != "loader of items":
+        items, turned = [*map(row_of, items)], [*map(row_of, turned)]
+    data, given = items, collate
+    if form.startswith("loader"):
+        data, given = DataLoader(items, 4, collate_fn=collate), None
+    elif form == "letters":
+        table = datasets.Dataset.from_list(items)
+        data = table.cast_column("label", datasets.ClassLabel(names=["A", "B"]))
+    fit(blora, data, collate=given, num_steps=1, progress=False)
+    if fresh:  # it has seen no item
+        collate = LabelTokensCollator(wrapped, LABELS)
+    for data, given in ((turned, collate), (DataLoader(turned, 4, collate_fn=collate), None)):
+        with pytest.raises(DataError, match=r"reorder|must number the classes"):
+            blora.predict_dataset(data, given)
 
 
 def film(choices, label=0, name="film"):
@@ -214,10 +223,9 @@ def test_a_chat_template_s_start_is_not_written_twice(build, eos):
     assert cut[0] == start
 
 
-def test_a_long_completion_keeps_its_prompt_and_loses_its_end(build):
+def test_a_long_completion_keeps_its_prompt_and_loses_its_end(wrapped):
     """A prompt that is long, too, gets half of the room and keeps BOS."""
-    tokenizer = build(bos="<s>", eos="</s>", pad="<pad>")
-    collate = TextCollator(tokenizer, max_length=8)
+    collate = TextCollator(wrapped, max_length=8)
     short, long = "a film", "a film a film a film a film a film"
     for prompt, completion, before in ((short, long, 3), (long, short, 5), (long, long, 4)):
         with pytest.warns(UserWarning, match="is cut to max_length=8"):
@@ -225,18 +233,17 @@ def test_a_long_completion_keeps_its_prompt_and_loses_its_end(build):
         row, labels = batch["input_ids"][0], batch["labels"][0]
         assert len(row) == 8
         assert (labels == -100).sum() == before
-        assert row[0] == tokenizer.bos_token_id
-        assert row[1:before].tolist() == ids(tokenizer, prompt)[-(before - 1) :]
-        read = tokenizer.decode(labels[before : before + 3], skip_special_tokens=True)
+        assert row[0] == wrapped.bos_token_id
+        assert row[1:before].tolist() == ids(wrapped, prompt)[-(before - 1) :]
+        read = wrapped.decode(labels[before : before + 3], skip_special_tokens=True)
         assert completion.startswith(read.strip())
 
 
-def test_an_end_that_a_chat_template_has_written_stays(build):
-    tokenizer = build(bos="<s>", eos="</s>", pad="<pad>")
-    batch = TextCollator(tokenizer)([{"prompt": "a film</s>", "completion": "green"}])
+def test_an_end_that_a_chat_template_has_written_stays(wrapped):
+    batch = TextCollator(wrapped)([{"prompt": "a film</s>", "completion": "green"}])
     prompt = batch["input_ids"][0][batch["labels"][0] == -100].tolist()
-    assert prompt == [tokenizer.bos_token_id, *ids(tokenizer, "a film</s>")]
-    assert prompt[-1] == tokenizer.eos_token_id
+    assert prompt == [wrapped.bos_token_id, *ids(wrapped, "a film</s>")]
+    assert prompt[-1] == wrapped.eos_token_id
 
 
 @pytest.mark.parametrize("text", ["a film", "a film</s>", "a film</s></s>"])
@@ -253,12 +260,3 @@ def test_a_start_that_is_also_the_end_stays_before_an_empty_prompt(build):
     found = TextCollator(tokenizer)([{"prompt": "", "completion": "green"}])
     assert found["input_ids"][0, 0] == tokenizer.bos_token_id
     assert found["labels"][0].tolist() == [-100, *found["input_ids"][0, 1:].tolist()]
-
-
-def test_rows_without_a_token_to_score_are_refused():
-    """They would count as examples, so that the KL weighs too little, and teach nothing."""
-    blora = tiny.adapted(likelihood=CausalLM(num_data=4))
-    batch = tiny.texts()
-    batch["labels"][2] = -100
-    with pytest.raises(BatchError, match="must have a token to score"):
-        fit(blora, DataLoader([batch], batch_size=None), num_steps=1, progress=False)

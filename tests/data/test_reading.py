@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import datasets
 import pandas
@@ -156,18 +155,10 @@ def test_a_data_set_may_have_features_of_its_own(small):
 
 
 def test_a_network_without_a_configuration_reads_numbers(small, collators):
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bert, self.classifier = classifier(small).bert, torch.nn.Linear(16, 3)
-
-        def forward(self, input_ids, attention_mask=None, token_type_ids=None):
-            hidden = self.bert(input_ids, attention_mask=attention_mask).pooler_output
-            return SimpleNamespace(logits=self.classifier(hidden))
-
     encoded = [{**small(row["text"]), "label": row["label"]} for row in NUMBERS]
     likelihood = SequenceClassification()
-    blora = BayesianLoRA(Plain(), target_modules=["query"], likelihood=likelihood)
+    net = tiny.BareClassifier(len(small))
+    blora = BayesianLoRA(net, target_modules=["query"], likelihood=likelihood)
     fit(blora, encoded, collate=collators["padding"], num_steps=1, progress=False)
     assert labels_of(blora, encoded, collators["padding"]) == [0, 1, 2] * 4
 

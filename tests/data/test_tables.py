@@ -2,7 +2,6 @@
 
 import copy
 import json
-from contextlib import nullcontext
 
 import datasets
 import pandas
@@ -128,28 +127,6 @@ def test_numbers_keep_their_names_in_rows_that_are_no_items():
     stars = load_task(stars.class_encode_column("label"), as_rows=True)
     with pytest.raises(DataError, match="got a ClassLabel that has 0 for '2'"):
         reading(stars.train, None, net, Ordinal(num_classes=3), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("names", "choices", "is_right"),
-    [
-        ("ABCD", 4, True),
-        ("ab", 3, True),
-        ("0123", 4, True),
-        ("1234", 4, True),
-        ("NY", 2, True),  # of answers
-        ("BCD", 4, False),
-        ("DCB", 3, False),
-        ("234", 4, False),
-        ("123", 4, False),  # from 0 without a 0, or from 1 without a 4
-    ],
-)
-def test_names_of_options_must_count_them(names, choices, is_right):
-    row = {"question": "which ?", "choices": [f"it {k}" for k in range(choices)], "label": 0}
-    table = datasets.Dataset.from_list([row] * 9)
-    table = table.cast_column("label", datasets.ClassLabel(names=[*names]))
-    with nullcontext() if is_right else pytest.raises(DataError, match="must number the classes"):
-        load_task(table)
 
 
 def test_a_single_table_is_split_alike_for_every_seed():

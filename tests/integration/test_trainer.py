@@ -1,24 +1,14 @@
 """The Hugging Face ``Trainer`` on the ELBO."""
 
-import datasets
 import pyro
 import pytest
 import tiny
 import torch
-from own_tokenizer import build_tokenizer
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
 
 from pyro_blora import BayesianLoRA, guides
-from pyro_blora.errors import DataError
 from pyro_blora.inference import RATES
-from pyro_blora.likelihoods import (
-    MultiLabel,
-    Ordinal,
-    Regression,
-    SequenceClassification,
-    TokenClassification,
-)
 
 ROWS = tiny.examples(12)
 
@@ -91,52 +81,6 @@ def test_it_ends_with_the_best_evaluation(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
-WORDS, TAGS = ("a", "warm", "film"), (1, 0, 2)
-TAGGED = [{"tokens": WORDS[: 2 + k % 2], "tags": TAGS[: 2 + k % 2]} for k in range(6)]
-SEVERAL = [{"text": "a film"[k:], "label": [k % 2, 1, 0]} for k in range(4)]
-NUMBERS = [{"text": "a film"[k:], "label": float(k)} for k in range(4)]
-CLASSES = [{"text": "a film"[k:], "label": k % 3} for k in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("rows", "likelihood", "net"),
-    [
-        (TAGGED, TokenClassification, {"task": "TokenClassification"}),
-        (SEVERAL, MultiLabel, {"problem_type": "multi_label_classification"}),
-        (NUMBERS, Regression, {"num_labels": 1}),
-        (CLASSES, SequenceClassification, {}),
-    ],
-)
-def test_metrics_are_computed_of_what_is_predicted(rows, likelihood, net, tmp_path):
-    tokenizer = build_tokenizer(["a warm film"], bos="<s>", pad="<pad>")
-    seen = []
-
-    def compute_metrics(found):
-        seen.append((torch.tensor(found.predictions), torch.tensor(found.label_ids)))
-        return {}
-
-    blora = BayesianLoRA(
-        tiny.bert(vocab_size=len(tokenizer), **net), likelihood=likelihood(), tokenizer=tokenizer
-    )
-    options = {"data_collator": None, "per_device_eval_batch_size": 2, "eval_samples": 0}
-    run = trainer(
-        tmp_path, blora, rows=rows, eval_dataset=rows, compute_metrics=compute_metrics, **options
-    )
-    run.train()
-    loss = run.evaluate()["eval_loss"]
-    prediction, labels = blora.predict_dataset(rows, None, 0, progress=False)
-    expected = prediction.mean
-    if likelihood is not Regression:
-        several = likelihood is MultiLabel
-        expected = expected.logit()[..., -1] if several else expected.log()
-    found, truth = seen[-1]
-    assert torch.equal(truth, labels)
-    real = labels >= 0
-    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
-    log_probs, _ = blora.log_predictive_dataset(rows, None, 0, progress=False)
-    assert loss == pytest.approx(-float(log_probs.mean()), rel=1e-4)
-
-
 @pytest.mark.parametrize("replaced", [False, True])
 def test_an_autoguide_is_trained_and_its_checkpoint_read(replaced, tmp_path):
     blora = tiny.adapted(guide=None if replaced else AutoNormal)
@@ -148,22 +92,6 @@ def test_an_autoguide_is_trained_and_its_checkpoint_read(replaced, tmp_path):
     expected = blora.predict(tiny.collate(ROWS), 0).probs
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "checkpoint-4")
     assert torch.equal(read.predict(tiny.collate(ROWS), 0).probs, expected)
-
-
-def test_a_checkpoint_refuses_numbers_with_names_in_another_order(tmp_path):
-    tokenizer = build_tokenizer(["a film"], bos="<s>", pad="<pad>")
-    rows = datasets.Dataset.from_list([{"text": f"a film {k}", "label": k % 3} for k in range(12)])
-
-    def run(*names):
-        net = tiny.bert(vocab_size=len(tokenizer), num_labels=1)
-        blora = BayesianLoRA(net, likelihood=Ordinal(num_classes=3), tokenizer=tokenizer)
-        named = rows.cast_column("label", datasets.ClassLabel(names=[*names]))
-        options = {"data_collator": None, "save_strategy": "steps", "save_steps": 2}
-        return trainer(tmp_path, blora, rows=named, **options)
-
-    run("poor", "fair", "good").train()
-    with pytest.raises(DataError, match="must number the classes as"):
-        run("good", "fair", "poor").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path):

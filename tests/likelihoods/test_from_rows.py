@@ -1,25 +1,24 @@
 """Each likelihood of a head from rows on disk to PEFT, and in a comparison."""
 
 import json
+import math
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 
 import peft
 import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset
-from kinds import FEW, NETS, PASSED, ROWS, TAGS, TOKENIZER, adapter, outputs
+from kinds import FEW, GOOD, NAMES, NETS, PASSED, ROWS, TAGS, TOKENIZER, adapter, outputs
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA, compare, fit
-from pyro_blora.data import Item, Template, load_task
+from pyro_blora.data import Item, load_task
 from pyro_blora.errors import DataError
 from pyro_blora.likelihoods import (
     ClassificationCollator,
-    LabelTokens,
-    LabelTokensCollator,
+    MultiLabel,
     MultipleChoice,
     MultipleChoiceCollator,
     NumberCollator,
@@ -81,6 +80,58 @@ def test_it_learns_from_a_file_is_saved_and_exported(exported, tmp_path):
         torch.testing.assert_close(exported(lora, rows, numbers), mean, atol=1e-5, rtol=1e-5)
 
 
+BAD = {
+    "labels": [{"text": "a", "label": bad} for bad in ("warm", None, ["hot"], [1, 0], ["wet", 1])],
+    "order": [{"text": "a", "label": bad} for bad in (4, -1, 1.5, "2", True, None, math.nan)],
+    "pairs": [{"chosen": GOOD, **other} for other in ({}, {"rejected": GOOD}, {"rejected": " "})],
+    "tags": [{"tokens": bad, "tags": ["O", "O"]} for bad in ([], ["a", 1], "ab")],
+    "numbers": [{"text": "a", "label": bad} for bad in ("good", math.nan, None)],
+}
+BAD["labels"] += [{"text": "a", "label": bad} for bad in ([0, 2, 0], [0.5, 0, 0])]
+BAD["pairs"].append({"prompt": 3, "chosen": GOOD, "rejected": "bad"})
+for tags in (["O"], ["O"] * 3, ["O", None], ["O", 3], ["O", "X"]):
+    BAD["tags"].append({"tokens": ["a", "film"], "tags": tags})
+CLASSES = {"labels": MultiLabel(classes=NAMES), "tags": TokenClassification(classes=TAGS)}
+
+
+@pytest.mark.parametrize(("kind", "bad"), [(kind, row) for kind in BAD for row in BAD[kind]])
+def test_a_bad_row_is_named_in_one_line_before_a_step(kind, bad):
+    options = {"likelihood": CLASSES[kind]} if kind in CLASSES else {}
+    blora, rows = adapter(kind, **options), ROWS[kind]
+    before = tiny.trained(blora)
+    with pytest.raises(DataError, match=rf"in row {len(rows)}|must all be texts or n") as raised:
+        fit(blora, [*rows, bad], **FEW)
+    assert "\n" not in str(raised.value)
+    assert tiny.equal(tiny.trained(blora), before)
+    assert getattr(blora.likelihood, "loc", None) is None
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_metrics_of_a_trainer_are_computed_of_what_is_predicted(kind, tmp_path):
+    """Words in batches of other lengths, too, each in its place."""
+    blora, rows, seen = adapter(kind), ROWS[kind], []
+
+    def compute_metrics(found):
+        seen.append((torch.tensor(found.predictions), torch.tensor(found.label_ids)))
+        return {}
+
+    options = {"max_steps": 4, "data_collator": None, "eval_samples": 0, "eval_dataset": rows}
+    options |= {"per_device_eval_batch_size": 2, "compute_metrics": compute_metrics}
+    trainer = tiny.trainer(tmp_path, blora, rows, **options)
+    trainer.train()
+    trainer.evaluate()
+    prediction, labels = blora.predict_dataset(rows, None, 0, progress=False)
+    expected = prediction.mean
+    if kind == "labels":
+        expected = expected.logit()[..., -1]
+    elif kind != "numbers":
+        expected = expected.log()
+    found, truth = seen[-1]
+    assert torch.equal(truth, labels)
+    real = labels >= 0
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ROWS)
 def test_methods_are_compared(kind, tmp_path):
     likelihood = PASSED["order"]() if kind == "order" else None  # others follow from the rows
@@ -134,33 +185,36 @@ def test_classes_in_an_order_keep_it_in_loaders_that_name_them():
 ITEMS = [{"question": f"is it {k} ?", "choices": ["no", "yes"], "label": k % 2} for k in range(9)]
 
 
-def test_choices_whose_numbers_have_names_in_another_order_are_refused():
-    data = Dataset.from_list(ITEMS)
-    cases = ((["no", "yes"], True), (["yes", "no"], False), (["0", "2"], False), (["1", "2"], True))
-    for names, is_right in cases:
-        named = data.cast_column("label", ClassLabel(names=names))
+@pytest.mark.parametrize(
+    ("names", "choices", "is_right"),
+    [
+        (["no", "yes"], ["no", "yes"], True),
+        (["yes", "no"], ["no", "yes"], False),
+        ("02", "ny", False),
+        ("12", "ny", True),
+        ("ABCD", "wxyz", True),
+        ("ab", "xyz", True),
+        ("0123", "wxyz", True),
+        ("1234", "wxyz", True),
+        ("NY", "xy", True),  # of answers
+        ("BCD", "wxyz", False),
+        ("DCB", "xyz", False),
+        ("234", "wxyz", False),
+        ("123", "wxyz", False),  # from 0 without a 0, or from 1 without a 4
+    ],
+)
+def test_names_of_the_numbers_of_choices_are_these_or_count_them(names, choices, is_right):
+    rows = [{"question": f"which {k} ?", "choices": [*choices], "label": 0} for k in range(9)]
+    named = Dataset.from_list(rows).cast_column("label", ClassLabel(names=[*names]))
+    collate = MultipleChoiceCollator(TOKENIZER)
+    mine = MultipleChoice()
+    for call in (
+        lambda: load_task(named),
+        lambda: mine.read(named, collate, None, labeled=True, training=True),
+        lambda: mine.check_loader(named, collate, None, training=True),
+    ):
         with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
-            load_task(named)
-        with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
-            collate = MultipleChoiceCollator(TOKENIZER)
-            MultipleChoice().read(named, collate, None, labeled=True, training=True)
-        with nullcontext() if is_right else pytest.raises(DataError, match=r"got (a Class|\[)"):
-            MultipleChoice().check_loader(named, collate, None, training=True)
-
-
-@pytest.mark.parametrize("kind", [lambda item: item, asdict], ids=["items", "dictionaries"])
-def test_a_loader_keeps_the_order_of_its_items_choices(kind):
-    collate = LabelTokensCollator(TOKENIZER, Template("{q}", "labels", (" good", " end")))
-    items = [Item(str(k), f"is it {k} ?", ("no", "yes"), k % 2) for k in range(9)]
-    turned = [replace(item, choices=("yes", "no"), label=1 - item.label) for item in items]
-    items, turned = [*map(kind, items)], [*map(kind, turned)]
-    net = tiny.llama(vocab_size=len(TOKENIZER))
-    blora = BayesianLoRA(net, likelihood=LabelTokens(token_ids=collate.token_ids))
-    fit(blora, DataLoader(items, 4, collate_fn=collate), num_steps=1, progress=False)
-    collate = LabelTokensCollator(TOKENIZER, collate.template)  # which has seen no item
-    for data in (DataLoader(turned, 4, collate_fn=collate), turned):
-        with pytest.raises(DataError, match="must number the classes as"):
-            blora.predict_dataset(data, collate)
+            call()
 
 
 def test_a_column_that_a_likelihood_does_not_read_may_have_any_names():

@@ -62,16 +62,8 @@ def test_a_pair_may_have_a_text_that_it_is_about():
     torch.testing.assert_close(blora.predict(about, 0).probs, blora.predict(ROWS[:4], 0).probs)
 
 
-def trained(**row):
-    fit(adapter(), [*ROWS, {"chosen": GOOD, "rejected": BAD, **row}], num_steps=1)
-
-
 NOISY = models.KroneckerInducing(conditional="scaled")
 REFUSED = [
-    (lambda: fit(adapter(), [*ROWS, {"chosen": GOOD}]), "got chosen in row 40"),
-    (lambda: trained(rejected=GOOD), "must differ, got 'a warm .* twice in row 40"),
-    (lambda: trained(rejected=" "), "'rejected' must hold a text with words, got ' ' in row 40"),
-    (lambda: trained(prompt=3), "'prompt' must hold a text, got 3 in row 40"),
     (lambda: fit(adapter(likelihood=None), ROWS), r"pass likelihood=Preference\(\)"),
     (lambda: adapter(prior=NOISY).rewards(["a"]), "which are never packed"),
     (lambda: adapter(method="laplace-lora").rewards(["a"]), "linearized"),

@@ -1,7 +1,5 @@
 """Regression beside dense algebra."""
 
-import math
-
 import kinds
 import pytest
 import torch
@@ -76,22 +74,9 @@ def test_both_deviations_are_columns_of_a_comparison_with_others():
     assert [*table.rows[0].auroc] == ["stddev", "adapter_stddev"]
 
 
-@pytest.mark.parametrize("label", ["good", math.nan, None])
-def test_a_label_that_is_no_number(label):
-    blora = kinds.adapter("numbers")
-    with pytest.raises(DataError, match=r"must hold a finite number, got .* in row 1"):
-        fit(blora, [ROWS[0], {**ROWS[1], "label": label}], num_steps=1)
-    assert blora.likelihood.loc is None
-
-
-def test_the_unit_comes_from_a_loader_s_rows_or_from_the_user():
-    loader = DataLoader(ROWS, batch_size=8, collate_fn=NumberCollator(TOKENIZER))
-    blora = kinds.adapter("numbers")
-    with pytest.warns(UserWarning, match="need a temperature"):
-        fit(blora, loader, num_steps=1, progress=False)
-    assert blora.likelihood.loc == pytest.approx(111.25)
+def test_batches_whose_rows_cannot_be_read_need_a_unit():
     batches = DataLoader([NumberCollator(TOKENIZER)(ROWS)], batch_size=None)
-    blora = BayesianLoRA(blora.unwrap(), likelihood=Regression(num_data=48))
+    blora = kinds.adapter("numbers", likelihood=Regression(num_data=48))
     with pytest.raises(DataError, match=r"pass likelihood=Regression\(loc=, scale=\)"):
         fit(blora, batches, num_steps=1, held_out=0.0)
 

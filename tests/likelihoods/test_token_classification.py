@@ -86,14 +86,3 @@ def test_a_loader_that_numbers_the_tags_in_another_order_is_refused():
         fit(blora, loader, **FEW)
     read, collate = blora.reading(rows)  # by names
     fit(blora, DataLoader(read, 4, collate_fn=collate), held_out=0.0, **FEW)
-
-
-WRONG = [{"tags": ["O"]}, {"tokens": []}, {"tokens": ["a", 1]}, {"tokens": "ab"}]
-WRONG += [{"tags": ["O"] * 3}, *({"tags": ["O", tag]} for tag in (None, 3, "X"))]
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_bad_row_is_named(wrong):
-    blora = adapter("tags", likelihood=TokenClassification(classes=NAMES))
-    with pytest.raises(DataError, match=r"in row 24|must all be texts or numbers"):
-        fit(blora, [*ROWS, {"tokens": ["a", "film"], "tags": ["O", "O"], **wrong}], **FEW)
