@@ -319,9 +319,10 @@ class BayesianLoRAModel(PyroModule):
         if count > 1 and ELBO_PLATE not in {plate.name for plate in get_plates()}:
             batch = repeat_batch(batch, count)
         elif examples % count:
+            divisors = [d for d in range(1, examples + 1) if examples % d == 0]
             raise ParticleError(
-                f"{examples} examples cannot be divided evenly among {count} particles; choose a "
-                "num_particles that divides the batch, or drop the last incomplete one."
+                f"{examples} examples cannot be divided evenly among {count} particles. "
+                f"Choose num_particles from {divisors}, or drop the last incomplete batch."
             )
         with self.applied(updates) as net:
             self.likelihood.observe(net, batch, particles, examples)
