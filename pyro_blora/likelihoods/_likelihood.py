@@ -155,7 +155,7 @@ class Likelihood(Options, PyroModule):
                 check_choices(rows)
             elif isinstance(collate, NumberCollator):
                 checked_labels(rows, labeled, self.label_kind, "text")
-        self._check_numbering(rows, collate, training)
+        self._examine(rows, collate, training)
         return collate
 
     def check_loader(
@@ -164,10 +164,10 @@ class Likelihood(Options, PyroModule):
         """Checks the data set and the collator of a loader, whose rows are not read beforehand."""
         if isinstance(collate, PromptCollator) and hasattr(rows, "__len__"):
             check_choices(rows)
-        self._check_numbering(rows, collate, training)
+        self._examine(rows, collate, training)
 
-    def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
-        """Refuses numbers whose names are other numbers, or in another order than in training."""
+    def _examine(self, rows: Any, collate: Collate | None, training: bool) -> None:
+        """Refuses numbers whose names are other numbers or in another order, also of a loader."""
         ours = is_from(collate, "pyro_blora.", "transformers.", "torch.")  # others read labels
         # the choices of a prompt say what the labels number, whatever names these have
         keeps_names = "data_names" in self.options() and not isinstance(collate, PromptCollator)

@@ -67,9 +67,9 @@ class LabelTokens(Likelihood):
                 f"{list(self.token_ids)}; take them from the network's own tokenizer."
             )
 
-    def _check_numbering(self, rows: Any, collate: Collate | None, training: bool) -> None:
+    def _examine(self, rows: Any, collate: Collate | None, training: bool) -> None:
         """Refuses choices in another order than in training; the collator compares the rows'."""
-        super()._check_numbering(rows, collate, training)
+        super()._examine(rows, collate, training)
         if isinstance(collate, LabelTokensCollator) and not collate.letters:
             by_place = has_places(rows) and hasattr(rows, "__getitem__") and len(rows)
             first = rows[0] if by_place else None

@@ -69,26 +69,10 @@ class Regression(Likelihood):
             raise ConfigurationError(f"scale must be positive and finite, got {scale}.")
         self.noise = PyroParam(torch.tensor(0.5), constraints.positive)
 
-    def read(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
-    ) -> Collate | None:
-        """Checks that labels are finite numbers; a training takes their mean and deviation."""
-        collate = super().read(rows, collate, net, labeled=labeled, training=training)
-        if training:
-            self._standardize(rows, collate)
-        return collate
-
-    def check_loader(
-        self, rows: Any, collate: Collate | None, net: nn.Module, *, training: bool
-    ) -> None:
-        """A training takes the mean and the deviation of the labels from the loader's rows."""
-        super().check_loader(rows, collate, net, training=training)
-        if training:
-            self._standardize(rows, collate)
-
-    def _standardize(self, rows: Any, collate: Collate | None) -> None:
-        """Takes the unit of the labels, unless it is known or a trained head has it."""
-        if self.loc is not None and self.scale is not None:
+    def _examine(self, rows: Any, collate: Collate | None, training: bool) -> None:
+        """A training takes the unit of the labels, unless it is known or a trained head has it."""
+        super()._examine(rows, collate, training)
+        if not training or None not in (self.loc, self.scale):
             return
         first = rows[0] if has_places(rows) and len(rows) else None
         label = first.get("label", first.get("labels")) if isinstance(first, Mapping) else None
