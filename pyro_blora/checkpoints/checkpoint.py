@@ -41,8 +41,6 @@ from pyro_blora.network.targets import (
     is_quantized,
     kind_of_head,
     layer_shape,
-    name_in_base,
-    without_peft,
 )
 from pyro_blora.posterior.guide import start_guide
 from pyro_blora.posterior.posterior import Posterior
@@ -81,13 +79,11 @@ def save_pretrained(
     start_guide(posterior.guide)
     figures = {} if result is None else figures_of(result)
     notes = {**figures, **(notes or {}), **figures}  # the figures come first and override notes
-    heads = [name_in_base(name) for name in model.trained_heads.names]
+    heads = list(model.trained_heads.names)
     config = {
         "pyro_blora": __version__,
         **_base_of(model.net),
-        "layers": {
-            name_in_base(n): [g.d_out, g.d_in] for g in model.groups for n in g.module_names
-        },
+        "layers": {n: [g.d_out, g.d_in] for g in model.groups for n in g.module_names},
         "modules_to_save": heads,
         "method": {n: v for n, v in vars(method).items() if n not in ("prior", "guide")},
         "prior": _describe(method.prior),
@@ -191,8 +187,8 @@ def read_pretrained(
             )
         base = base or "another network"
         source = f"{folder} is an adapter for {base!r}"
-        layers = names_in(net, config["layers"], source)
-        heads = names_in(net, dict.fromkeys(config["modules_to_save"]), source)
+        layers, heads = config["layers"], config["modules_to_save"]
+        check_layers(net, {**dict.fromkeys(heads), **layers}, source)
         prints = {n.removeprefix(_OF_BASE): t for n, t in tensors.items() if n.startswith(_OF_BASE)}
         if differ := altered(net, prints):
             warnings.warn(
@@ -278,36 +274,30 @@ def push_to_hub(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder).commit_url)
 
 
-def _base_of(net: nn.Module) -> dict[str, Any]:
-    bare: Any = without_peft(net)
-    kind: dict[str, Any] = {"class": type(bare).__name__}
-    if isinstance(getattr(bare, "dtype", None), torch.dtype):
-        kind["dtype"] = str(bare.dtype).removeprefix("torch.")
+def _base_of(net: Any) -> dict[str, Any]:
+    kind: dict[str, Any] = {"class": type(net).__name__}
+    if isinstance(dtype := getattr(net, "dtype", None), torch.dtype):
+        kind["dtype"] = str(dtype).removeprefix("torch.")
     if kind["class"].endswith(("ForSequenceClassification", "ForTokenClassification")):
-        kind |= {"num_labels": bare.config.num_labels, "head": kind_of_head(bare)}
-    return {"base_model": name_of(bare), "base": kind}
+        kind |= {"num_labels": net.config.num_labels, "head": kind_of_head(net)}
+    return {"base_model": name_of(net), "base": kind}
 
 
-def names_in(net: nn.Module, wanted: Mapping[str, Any], source: str) -> list[str]:
-    """Maps base names to names in ``net``, maybe a ``PeftModel``, checking shapes."""
-    # Reversed, so that PEFT's wrapper of a module wins over what it wraps
-    here = {name_in_base(name): name for name, _ in reversed([*net.named_modules()])}
-    names = []
-    for base, shape in wanted.items():
-        name = here.get(base)
-        size = None if name is None else layer_shape(net.get_submodule(name))
-        if name is None or (shape is not None and list(size or ()) != list(shape)):
+def check_layers(net: nn.Module, wanted: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError unless ``net`` has the wanted layers, by name, of their shapes."""
+    modules = dict(net.named_modules())
+    for name, shape in wanted.items():
+        size = layer_shape(modules.get(name))
+        if name not in modules or (shape is not None and list(size or ()) != list(shape)):
             what = "has no such layer" if size is None else f"has it as {size[0]} x {size[1]}"
             raise CheckpointError(
-                f"{source} with {base} of {shape or 'any size'}, but {type(net).__name__} {what}."
+                f"{source} with {name} of {shape or 'any size'}, but {type(net).__name__} {what}."
             )
-        names.append(name)
-    return names
 
 
 def fingerprint(net: nn.Module, heads: Sequence[str] = ()) -> dict[str, Tensor]:
     """Four elements of each tensor of the base, without ``heads``."""
-    within = tuple(f"{name_in_base(head)}." for head in heads)
+    within = tuple(f"{head}." for head in heads)
     return {name: _numbers(t) for name, t in _plain_tensors(net) if not name.startswith(within)}
 
 
@@ -327,16 +317,14 @@ def altered(net: nn.Module, prints: Mapping[str, Tensor]) -> list[str]:
 
 
 def _plain_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base's tensors that can be compared: not PEFT's, quantized, sharded or offloaded."""
+    """The base's tensors that can be compared: not quantized, sharded or offloaded."""
     for path, module in net.named_modules():
         if is_quantized(module):
             continue
         for name, tensor in module.named_parameters(prefix=path, recurse=False):
             here = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
             if here and tensor.numel() and not hasattr(tensor, "full_tensor"):  # as a DTensor has
-                base = name_in_base(name)
-                if base == name or not ("lora_" in name or "modules_to_save." in name):
-                    yield base, tensor
+                yield name, tensor
 
 
 def _numbers(tensor: Tensor) -> Tensor:

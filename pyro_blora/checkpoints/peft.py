@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pyro_blora._version import __version__
 from pyro_blora.checkpoints.checkpoint import (
+    check_layers,
     fetched,
-    names_in,
     public,
     read_tensors,
     restored,
@@ -32,13 +32,12 @@ from pyro_blora.network.pretrained import load_network, name_of, name_of_folder
 from pyro_blora.network.targets import (
     CLASS,
     LABELS,
-    PEFT_PREFIX,
     TAGS,
+    check_bare,
     head_names,
     head_of,
     is_classifier,
     logit_names,
-    name_in_base,
 )
 from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel
 from pyro_blora.posterior.posterior import Posterior
@@ -46,6 +45,7 @@ from pyro_blora.posterior.posterior import Posterior
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NUMBERS, _GENERATION = "one_pass.json", "generation_config.json"
 _MARK = "pyro_blora"  # in the header of an export's tensors
+_PREFIX = "base_model.model."  # before the names of the base in PEFT's files
 # Options with which a LoRA is still ``W0 + s B A``; the others must be off, or as in _VALUES
 _PLAIN = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "r"),
@@ -91,12 +91,10 @@ class PeftAdapter:
 
     def heads(self, net: nn.Module) -> list[str]:
         """Names of the trained heads; raises CheckpointError if ``net`` is another base."""
-        if hasattr(net, "peft_config"):
-            raise ConfigurationError(
-                f"{type(net).__name__} has a PEFT adapter; pass its base, or from_peft(model)."
-            )
         shapes = {name: [len(B), A.shape[1]] for name, (B, A) in self.factors.items()}
-        names_in(net, shapes, f"{self.where} is an adapter for {self.base or 'another network'!r}")
+        check_layers(
+            net, shapes, f"{self.where} is an adapter for {self.base or 'another network'!r}"
+        )
         modules = _saved_whole(net, self.modules_to_save)
         heads = [n for n in modules if any(name.startswith(f"{n}.") for name in self.others)]
         state, within = net.state_dict(), tuple(f"{head}." for head in heads)
@@ -152,15 +150,15 @@ def read_peft(source: str | os.PathLike[str] | nn.Module) -> PeftAdapter:
         pairs: dict[str, dict[str, Tensor]] = {}
         others = {}
         for key, tensor in tensors.items():
-            match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+            match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
             if match and tensor.dim() == 2:
                 pairs.setdefault(match[1], {})[match[2]] = tensor.detach()
-            elif "lora_" in key or not key.startswith(PEFT_PREFIX):
+            elif "lora_" in key or not key.startswith(_PREFIX):
                 raise ConfigurationError(
                     f"{where} is no plain LoRA of linear layers: {key} is {tuple(tensor.shape)}."
                 )
             else:
-                others[key.removeprefix(PEFT_PREFIX)] = tensor.detach()
+                others[key.removeprefix(_PREFIX)] = tensor.detach()
         factors = {}
         for name, pair in pairs.items():
             scale = scales.get(name, _scaling(config, name, len(pair["A"])))
@@ -251,6 +249,7 @@ def from_peft(
     base = net if isinstance(net, nn.Module) else adapter.load_base()
     is_whole = folder is None and base is net  # with the adapter
     with _unloaded(base) if is_whole else nullcontext(base) as network:
+        check_bare(network)
         likelihood = _as_exported(network, adapter, likelihood)
         blora = make(
             network,
@@ -332,8 +331,7 @@ def _unloaded(model: Any) -> Iterator[nn.Module]:
 def export_peft(posterior: Posterior, folder: str | os.PathLike[str], num_samples: int = 0) -> None:
     """Writes the posterior mean as one LoRA, or each of several draws, with the trained heads.
 
-    The heads become PEFT's ``modules_to_save``. The adapter of an adapted ``PeftModel`` is not
-    written, so merge it into the base first. The temperature of the mean, or of the draws, is
+    The heads become PEFT's ``modules_to_save``. The temperature of the mean, or of the draws, is
     folded into a trained head. Without a head it is in ``one_pass.json``, and for text in
     ``generation_config.json``, too. ``one_pass.json`` also names the classes of a classifier, and
     has learned numbers such as the noise, in the unit of the exported scores.
@@ -423,7 +421,7 @@ def _last_linear(model: BayesianLoRAModel) -> str | None:
             for name, module in model.net.get_submodule(head).named_modules(prefix=head):
                 ends = isinstance(module, nn.Linear) and module.out_features == classes
                 if ends and (module.bias is not None or not shift):
-                    last = name_in_base(name)
+                    last = name
     return last
 
 
@@ -431,10 +429,6 @@ def merge_and_unload(posterior: Posterior, unwrap: Callable[[], nn.Module]) -> A
     """The network with E[dW] and the trained heads merged into its weights by PEFT."""
     model, temperature = posterior.model, float(posterior.model.mean_temperature)
     model.check_attached()
-    if hasattr(model.net, "peft_config"):
-        raise ConfigurationError(
-            f"{type(model.net).__name__} has another adapter; merge that first, and adapt the base."
-        )
     _check_layers(model)
     config, tensors = _lora(model, posterior.draws(0), temperature, 0)
     from peft import get_peft_model, set_peft_model_state_dict
@@ -472,7 +466,7 @@ def _lora(
     ranks: dict[str, int] = {}
     for group in model.groups:
         layers = updates[group.name].layers()
-        for layer, name in zip(layers, map(name_in_base, group.module_names), strict=True):
+        for layer, name in zip(layers, group.module_names, strict=True):
             factors: tuple[Any, ...] = (layer.A, layer.B, layer.core)
             A, B, core = (f if f is None or f.dim() == 2 else f[draw] for f in factors)
             tensors[f"{name}.lora_A.weight"] = A
@@ -481,20 +475,17 @@ def _lora(
     rank, heads = max(ranks.values()), model.trained_heads
     patterns = {re.escape(name): r for name, r in ranks.items() if r < rank}
     last, (scale, shift) = f"{_last_linear(model)}.", model.likelihood.unit(temperature)
-    for full, tensor in heads.tensors().items():
-        name = name_in_base(full)
+    for name, tensor in heads.tensors().items():
         if name.startswith(last):
             tensor = scale * tensor + (shift if name == f"{last}bias" else 0)
         tensors[name] = tensor
-    to_save = [name_in_base(name) for name in heads.names]
-    for module_name in _saved_whole(model.net, heads.names):
-        name = name_in_base(module_name)
+    for name in _saved_whole(model.net, heads.names):
         if clash := [layer for layer in ranks if f"{layer}.".startswith(f"{name}.")]:
             raise ConfigurationError(
                 f"PEFT cannot adapt {clash[0]}, because it saves {name} whole; adapt other layers."
             )
-        for key, tensor in model.net.get_submodule(module_name).state_dict().items():
-            tensors.setdefault(name_in_base(f"{module_name}.{key}"), tensor)
+        for key, tensor in model.net.get_submodule(name).state_dict().items():
+            tensors.setdefault(f"{name}.{key}", tensor)
     base = name_of(model.net) or getattr(model.net, "name_or_path", None)  # or the folder
     config = LoraConfig(
         r=rank,
@@ -502,13 +493,13 @@ def _lora(
         rank_pattern=patterns,
         alpha_pattern=dict(patterns),
         target_modules=list(ranks),
-        modules_to_save=to_save or None,
+        modules_to_save=list(heads.names) or None,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for g in model.groups for m in g.modules),
         base_model_name_or_path=base or None,
         task_type=_task_type(model),
         inference_mode=True,
     )
-    return config, {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in tensors.items()}
+    return config, {f"{_PREFIX}{name}": tensor.detach() for name, tensor in tensors.items()}
 
 
 def _check_layers(model: BayesianLoRAModel) -> None:

@@ -14,7 +14,6 @@ from pyro_blora.items import Item
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.likelihoods._likelihood import Collate
 from pyro_blora.likelihoods._prompts import is_from
-from pyro_blora.network.targets import without_peft
 
 
 def reading(
@@ -47,7 +46,7 @@ def reading(
     collate_labels = likelihood.read(rows, collate, net, labeled=labeled, training=training)
     if not encoded or collate_labels is None or not is_from(collate, "transformers."):
         return rows, collate_labels
-    whole: Any = getattr(without_peft(net), "_orig_mod", without_peft(net))  # if compiled
+    whole: Any = getattr(net, "_orig_mod", net)  # if compiled
     known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}
     known |= {"labels", "label", "label_ids"}
     return rows, lambda part: collate_labels(

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pyro_blora.debts import checkpointing_through, hooks_of, is_offloaded, slots_of
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.network.targets import body_of, head_names, is_quantized, matches, name_in_base
+from pyro_blora.network.targets import body_of, head_names, is_quantized, matches
 from pyro_blora.updates import LayerUpdate
 
 _INPUTS = ("hidden_states", "hidden_state", "input", "x")  # names of a block's or layer's input
@@ -203,8 +203,6 @@ class TrainedHeads(PyroModule):
         self.sizes: dict[str, float] = {}
         for head in names:
             for path, owner in net.get_submodule(head).named_modules(prefix=head):
-                if "original_module" in path.split("."):  # PEFT keeps the untrained head here
-                    continue
                 away = is_offloaded(owner)
                 if away or is_quantized(owner):
                     raise ConfigurationError(
@@ -213,7 +211,7 @@ class TrainedHeads(PyroModule):
                     )
                 shapes = [p.shape for p in owner.parameters(recurse=False)]
                 for name, parameter in owner.named_parameters(recurse=False):
-                    attribute = name_in_base(f"{path}.{name}").replace(".", "_")
+                    attribute = f"{path}.{name}".replace(".", "_")
                     self._owners[attribute] = f"{path}.{name}", owner, name
                     self.roles[attribute] = "head"
                     self.sizes[attribute] = float(max(shapes, key=len)[-1])

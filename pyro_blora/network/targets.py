@@ -20,8 +20,6 @@ from pyro_blora.errors import ConfigurationError, near_miss
 
 T = TypeVar("T")
 
-PEFT_PREFIX = "base_model.model."  # a PeftModel puts this before the names of the base
-
 # Tried in order if target_modules is not given: the attention projections of the LoRA paper
 _DEFAULT_TARGETS = (
     ("q_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, OPT, ...
@@ -84,14 +82,6 @@ def matches(name: str, pattern: str | Sequence[str]) -> bool:
     return any(f".{name}".endswith(f".{suffix}") for suffix in pattern)
 
 
-def name_in_base(name: str) -> str:
-    """The name in the base of a module or tensor that may be inside a ``PeftModel``."""
-    bare = name.removeprefix(PEFT_PREFIX)
-    if bare == name:
-        return name
-    return re.sub(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)", "", bare)
-
-
 def head_of(net: nn.Module) -> nn.Module | None:
     """The output head of a language model, or ``None``."""
     getter = getattr(net, "get_output_embeddings", None)
@@ -150,6 +140,15 @@ def logit_names(net: nn.Module) -> tuple[str, ...]:
     return () if names == tuple(f"LABEL_{k}" for k in range(len(names))) else names
 
 
+def check_bare(net: nn.Module) -> None:
+    """Raises ConfigurationError if the network has an adapter of PEFT."""
+    if hasattr(net, "peft_config"):
+        raise ConfigurationError(
+            f"The network must have no adapter of PEFT, got a {type(net).__name__}; call from_peft "
+            "or bayesianize for a posterior around its LoRA, or merge the LoRA first."
+        )
+
+
 def find_targets(
     net: nn.Module,
     target_modules: str | Sequence[str] | None = None,
@@ -161,6 +160,7 @@ def find_targets(
     As in PEFT, ``"all-linear"`` leaves out the heads, and ``layers_to_transform`` restricts the
     targets to the blocks with these indices.
     """
+    check_bare(net)
     linear = {n: m for n, m in net.named_modules() if n and layer_shape(m) is not None}
     endings = {name.rpartition(".")[2] for name in linear}
     if target_modules is None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import own_classes
-import peft
 import pyro
 import pytest
 import tiny
@@ -239,27 +238,6 @@ def test_the_same_base_quantized_is_the_same(tmp_path):
     base.model.norm.weight.data.mul_(1.05)
     with pytest.warns(UserWarning, match=r"model\.norm\.weight"):
         checkpoints.read_pretrained(base, tmp_path)
-
-
-def test_a_peft_model_leaves_no_names_in_what_is_saved(tmp_path):
-    """PEFT's new adapter is zero at first, so that both networks are one function."""
-    torch.manual_seed(0)
-    base = tiny.bert()
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    wrapped = peft.get_peft_model(base, config).eval()
-    options = {"target_modules": ["query"], "likelihood": SequenceClassification()}
-    blora = tiny.shaken(tiny.adapted(wrapped, **options), 0.3)
-    expected = blora.predict(tiny.sequences(), 0).probs
-    blora.save_pretrained(tmp_path)
-    blora.unwrap()
-    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    for theirs in (b"base_model.model", b"base_model_model", b"base_layer", b"lora_A"):
-        assert theirs not in written
-    torch.manual_seed(0)
-    for again in (tiny.bert(), wrapped):
-        blora = BayesianLoRA.from_pretrained(again, tmp_path)
-        torch.testing.assert_close(blora.predict(tiny.sequences(), 0).probs, expected)
-        blora.unwrap()
 
 
 def test_a_network_whose_layers_would_be_random_is_refused(tmp_path):

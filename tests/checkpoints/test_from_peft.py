@@ -92,6 +92,16 @@ def test_every_prior_starts_there_or_is_refused(prior):
     torch.testing.assert_close(mean_logits(blora), expected, atol=2e-5, rtol=0)
 
 
+def test_a_network_with_an_adapter_of_peft_is_refused(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    for call in (BayesianLoRA, lambda net: BayesianLoRA.from_peft(net, tmp_path)):
+        with pytest.raises(ConfigurationError, match="must have no adapter of PEFT"):
+            call(model)
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+
+
 MAPPING = {"q_proj": guides.MeanField(), ".*": guides.MatrixNormal()}
 
 

@@ -35,11 +35,11 @@ EXPORTS = {
     "score": (tiny.llama_classifier, {}),
 }
 OF_A_SHAPE = {"c_proj_16x16": models.KroneckerInducing(rank=(3, 5)), ".*": models.Subspace(rank=2)}
-# Besides: layers of different ranks, quantized weights, around a PeftModel, a head that is adapted
+# Besides: layers of different ranks, quantized weights, a head that is adapted
 MORE = {"ranks": (tiny.gpt2, {"target_modules": ["c_proj"], "prior": OF_A_SHAPE})}
-MORE |= {"int8": (tiny.llama, {}), "wrapped": (tiny.bert, {})}
+MORE |= {"int8": (tiny.llama, {})}
 MORE["target"] = (tiny.bert, {"target_modules": ["query", "classifier"]})
-TASKS = dict.fromkeys(["bert", "score", "wrapped"], "SEQ_CLS") | {"target": None}
+TASKS = dict.fromkeys(["bert", "score"], "SEQ_CLS") | {"target": None}
 
 
 def answers(logits):
@@ -82,8 +82,6 @@ def test_exports_load_in_peft(name, tmp_path):
         quantized["quantization_config"] = TorchAoConfig(torchao.Int8WeightOnlyConfig())
         net = type(net).from_pretrained(tmp_path / "net", **quantized)
     kind = type(net)
-    if name == "wrapped":
-        net = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS"))
     blora = moved(net.eval(), **options)
     blora.export_peft(tmp_path / "mean")
     torch.manual_seed(1)
@@ -199,11 +197,6 @@ def test_a_pooler_that_is_new_is_trained_and_exported(tmp_path):
             moved(tiny.bert(), modules_to_save=[name])
 
 
-def with_a_lora():
-    net = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["v_proj"]))
-    return moved(net, target_modules=["q_proj"])
-
-
 def with_a_head_in_a_head():
     options = {"target_modules": ["q_lin", "pre_classifier"], "modules_to_save": ["classifier"]}
     return moved(tiny.distilbert(), **options)
@@ -232,7 +225,7 @@ def with_a_layer_that_peft_refuses_by_its_name():
     return moved(MambaForCausalLM(config).eval(), target_modules=["in_proj", "out_proj"])
 
 
-CANNOT = [with_a_lora, with_a_head_in_a_head, with_a_layer_of_its_own]
+CANNOT = [with_a_head_in_a_head, with_a_layer_of_its_own]
 CANNOT += [with_a_layer_that_peft_refuses_by_its_name]
 
 
@@ -240,8 +233,7 @@ CANNOT += [with_a_layer_that_peft_refuses_by_its_name]
 def test_what_cannot_be_merged_stays_adapted(make, tmp_path):
     blora = make()
     before = mean_logits(blora)
-    export = [] if make is with_a_lora else [lambda: blora.export_peft(tmp_path / "out")]
-    for call in (blora.merge_and_unload, *export):
+    for call in (blora.merge_and_unload, lambda: blora.export_peft(tmp_path / "out")):
         with pytest.raises(ConfigurationError):
             call()
     assert torch.equal(mean_logits(blora), before)

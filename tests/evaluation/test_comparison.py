@@ -4,7 +4,6 @@ import copy
 import shutil
 from dataclasses import replace
 
-import peft
 import pytest
 import tiny
 import torch
@@ -205,11 +204,6 @@ def test_results_of_other_methods_networks_or_data_are_not_taken_for_these(tmp_p
     pads.add_special_tokens({"eos_token": "it"})
     short = copy.deepcopy(tokenizer)
     short.model_max_length = 4
-    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
-    loras = [peft.get_peft_model(copy.deepcopy(altered), config) for _ in range(2)]
-    run(net=loras[0], out=tmp_path / "peft", target_modules=["value"])
-    with pytest.raises(ConfigurationError, match="another network"):
-        run(net=loras[1], out=tmp_path / "peft", target_modules=["value"])
     for changed, match in (
         ({"own": [MINE.with_rank(3)]}, "another mine"),
         ({"net": altered}, "another network"),

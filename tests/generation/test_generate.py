@@ -185,13 +185,6 @@ def test_a_compiled_network_gives_the_same():
     assert blora.generate(**options).sequences.equal(expected)
 
 
-def test_under_peft():
-    peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["o_proj"]))
-    out = adapter(wrapped).generate(**prompts(), num_samples=S, max_new_tokens=NEW)
-    assert out.sequences.shape == (2, 6 + NEW)
-
-
 REFUSED = [{"abstain_above": 0.1, "num_samples": 1}, {"by": "doubt"}, {"cache": ()}]
 REFUSED += [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 2.0}, {"assistant_early_exit": 1}]
 REFUSED += [{"token_healing": True}]
