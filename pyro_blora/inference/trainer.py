@@ -265,9 +265,10 @@ class BayesianLoRATrainer(Trainer):
                 f"data with {list(now) or 'numbers'}; resume with the same data."
             )
         check_places(likelihood.data_names, said.get("data_names") or ())
-        for name in likelihood.unit_options:  # of the saved tensors; these rows may have another
-            setattr(likelihood, name, said.get(name, getattr(likelihood, name)))
-        read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)
+        with Snapshot(blora).put_back_after(CheckpointError):
+            for name in likelihood.unit_options:  # of the saved tensors; these rows may have another
+                setattr(likelihood, name, said.get(name, getattr(likelihood, name)))
+            read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

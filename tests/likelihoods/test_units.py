@@ -180,6 +180,12 @@ def test_a_run_that_is_resumed_keeps_its_unit(tmp_path):
     assert blora.likelihood.loc != unit[0]
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert (blora.likelihood.loc, blora.likelihood.scale) == unit
+    wider = adapter("numbers", net=blora.unwrap(), rank=3)  # whose tensors do not fit
+    trainer = tiny.trainer(tmp_path, wider, more, max_steps=2, **options)
+    own = wider.likelihood.loc
+    with pytest.raises(CheckpointError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert wider.likelihood.loc == own != unit[0]
 
 
 class Counted(Poisson):
