@@ -266,7 +266,7 @@ class BayesianLoRATrainer(Trainer):
             )
         check_places(likelihood.data_names, said.get("data_names") or ())
         with Snapshot(blora).put_back_after(CheckpointError):
-            for name in likelihood.unit_options:  # of the saved tensors; these rows may have another
+            for name in likelihood.unit_options:  # the saved one; these rows may have another
                 setattr(likelihood, name, said.get(name, getattr(likelihood, name)))
             read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)
 
