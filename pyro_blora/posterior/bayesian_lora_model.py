@@ -9,10 +9,11 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar, cast
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
@@ -77,13 +78,21 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch on ``device``."""
+    """The batch on ``device``, with its lists and arrays of numbers as tensors."""
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"A batch must be a mapping of tensors by name, got a {type(batch).__name__}; make one "
             "from examples with a collator, such as task.collator(tokenizer)(items)."
         )
-    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    return {key: _on_device(value, device) for key, value in batch.items()}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | np.ndarray):
+        arrays = isinstance(value, list) and any(isinstance(row, np.ndarray) for row in value)
+        with suppress(TypeError, ValueError, RuntimeError):  # of texts or ragged rows
+            value = torch.tensor(np.asarray(value) if arrays else value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class BayesianLoRAModel(PyroModule):

@@ -10,11 +10,12 @@ from own_classes import Sloped
 from own_tokenizer import build_tokenizer
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_blora import BayesianLoRA
 from pyro_blora.errors import BatchError, ConfigurationError
-from pyro_blora.guides import Ensemble, MeanField
+from pyro_blora.guides import Ensemble, Laplace, MeanField
 from pyro_blora.likelihoods import CausalLM, LabelTokens, MultipleChoice, SequenceClassification
 from pyro_blora.models import Hierarchical, KroneckerInducing
 from pyro_blora.posterior.posterior import rows_of_a_pass
@@ -83,6 +84,24 @@ def test_between_two_passes_the_network_is_in_its_own_mode():
     assert [len(list(draws)) for draws in (one, other)] == [0, 2]
     assert modes == [False] * 4
     assert blora.net.training
+
+
+@pytest.mark.parametrize("plain", [Tensor.tolist, Tensor.numpy, lambda t: list(t.numpy())])
+def test_lists_and_arrays_of_numbers_are_taken_for_tensors(plain):
+    """Whatever else is in the batch stays as it is; the same batch of tensors is the judge."""
+
+    def collate(rows):
+        return {name: plain(value) for name, value in tiny.collate(rows).items()} | others
+
+    others, ends = {"name": ["a", "b"], "parts": [[1], [1, 2]]}, []
+    for made in (tiny.collate, collate):
+        torch.manual_seed(0)
+        blora = tiny.adapted(guide=Laplace(), num_data=10)
+        tiny.train(blora, collate=made, validation=tiny.examples(8), seed=0)
+        batch = made(tiny.examples(8))
+        answers = {"mean": blora.predict(batch, 0).samples, "log": blora.log_predictive(batch, 0)}
+        ends.append({**tiny.trained(blora), **answers})
+    assert tiny.equal(*ends)
 
 
 @pytest.mark.parametrize(("num_samples", "max_rows"), [(0, 100), (5, 4)])
