@@ -23,8 +23,11 @@ def items_in(rows: Any, labeled: bool = False) -> tuple[list[Item], bool]:
     return [item_of(row, {"id": f"row {k}", **some}) for k, row in enumerate(every)], labeled
 
 
-def choices_of(rows: Any) -> list[str]:
-    """The choices of the items in the data set of a loader, which must be the same, or none."""
+def choices_of(rows: Any, *, of_dictionaries: bool = False) -> list[str]:
+    """The choices of the items in the data set of a loader, which must be the same, or none.
+
+    A :class:`PromptCollator` reads those ``of_dictionaries``, too.
+    """
     found: dict[tuple[str, ...], None] = {}
     for part in parts_of(rows):
         is_sized = has_places(part) and hasattr(part, "__getitem__")
@@ -32,6 +35,9 @@ def choices_of(rows: Any) -> list[str]:
             part if isinstance(part, list | tuple) else [part[0]] if is_sized and len(part) else ()
         )
         found |= dict.fromkeys(row.choices for row in read if isinstance(row, Item))
+        if of_dictionaries:
+            rows_read = (row for row in read if isinstance(row, Mapping) and "choices" in row)
+            found |= dict.fromkeys(tuple(row["choices"]) for row in rows_read)
     if len(found) > 1:
         raise DataError(
             "The items of a DataLoader must have the same choices in the same order, got "

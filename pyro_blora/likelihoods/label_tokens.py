@@ -1,6 +1,6 @@
 """Classification by the next token among a few answer tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import index
 from typing import Any
 
@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import ConfigurationError, DataError
 from pyro_blora.items import Item, Template
-from pyro_blora.labels import has_places
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator
+from pyro_blora.likelihoods._prompts import PromptCollator, choices_of
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
 
@@ -68,15 +67,13 @@ class LabelTokens(Likelihood):
             )
 
     def _examine(self, rows: Any, collate: Collate | None, training: bool) -> None:
-        """Refuses choices in another order than in training; the collator compares the rows'."""
+        """Refuses choices in another order than in training, or than those of other rows.
+
+        The collator compares rows, too, but each worker of a loader has its own.
+        """
         super()._examine(rows, collate, training)
         if isinstance(collate, LabelTokensCollator) and not collate.letters:
-            by_place = has_places(rows) and hasattr(rows, "__getitem__") and len(rows)
-            first = rows[0] if by_place else None
-            if isinstance(first, Item):
-                self.check_names(first.choices, training)
-            elif isinstance(first, Mapping):
-                self.check_names(first.get("choices", ()), training)
+            self.check_names(choices_of(rows, of_dictionaries=True), training)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""

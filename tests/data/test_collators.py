@@ -7,7 +7,7 @@ import torch
 from own_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from pyro_blora import BayesianLoRA, fit
@@ -149,6 +149,18 @@ def test_choices_keep_the_order_of_the_training(form, fresh, wrapped):
     for data, given in ((turned, collate), (DataLoader(turned, 4, collate_fn=collate), None)):
         with pytest.raises(DataError, match=r"reorder|must number the classes"):
             blora.predict_dataset(data, given)
+
+
+@pytest.mark.parametrize("kind", [lambda item: item, row_of], ids=["items", "dictionaries"])
+def test_parts_of_a_loader_with_choices_in_another_order_are_refused(kind, wrapped):
+    """Each of two workers has a collator of its own, which sees one part alone."""
+    orders = ("bad", "good"), ("good", "bad")
+    parts = [[kind(Item(str(k), "a film", names, k % 2)) for k in range(4)] for names in orders]
+    collate, net = LabelTokensCollator(wrapped, LABELS), tiny.llama(vocab_size=len(wrapped))
+    blora = BayesianLoRA(net, likelihood=LabelTokens(token_ids=collate.token_ids, num_data=8))
+    loader = DataLoader(ConcatDataset(parts), 4, collate_fn=collate, num_workers=2)
+    with pytest.raises(DataError, match="the same choices in the same order"):
+        fit(blora, loader, num_steps=2, progress=False)
 
 
 def film(choices, label=0, name="film"):
