@@ -19,7 +19,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from pyro_blora.bayesian_lora import BayesianLoRA
 from pyro_blora.checkpoints import read_config, read_pretrained
 from pyro_blora.debts import use_one_gpu
-from pyro_blora.errors import CheckpointError, ConfigurationError, check_count
+from pyro_blora.errors import (
+    BatchError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    check_count,
+)
 from pyro_blora.inference.learning_rates import (
     RATES,
     Sizes,
@@ -170,12 +176,22 @@ class BayesianLoRATrainer(Trainer):
     @one_at_a_time
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trains as ``Trainer.train`` does, and restores the network's mode afterwards."""
-        self.model.figures = []  # not those of a training that failed
-        with self._in_mode(training=True):
-            result = super().train(*arguments, **options)
+        before, made = Snapshot(self.blora), (self.optimizer, self.lr_scheduler)
+        states = [copy.deepcopy(each.state_dict()) for each in made if each is not None]
+        try:
+            with before.put_back_after(Exception), self._in_mode(training=True):
+                result = super().train(*arguments, **options)
+        except Exception:
+            # not those of parameters that are undone, nor a scheduler that has run to its end
+            self.optimizer, self.lr_scheduler = made[0], self.lr_scheduler and made[1]
+            for each, state in zip(filter(None, made), states, strict=True):
+                each.load_state_dict(state)
+            self.model.figures = []
+            raise
         if len(self._run.held_out):
             size = self.args.per_device_eval_batch_size
-            self.blora.calibrate(self._run.held_out, self.data_collator, batch_size=size)
+            with before.put_back_after(DataError, BatchError):
+                self.blora.calibrate(self._run.held_out, self.data_collator, batch_size=size)
         return result
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
@@ -265,10 +281,9 @@ class BayesianLoRATrainer(Trainer):
                 f"data with {list(now) or 'numbers'}; resume with the same data."
             )
         check_places(likelihood.data_names, said.get("data_names") or ())
-        with Snapshot(blora).put_back_after(CheckpointError):
-            for name in likelihood.unit_options:  # the saved one; these rows may have another
-                setattr(likelihood, name, said.get(name, getattr(likelihood, name)))
-            read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)
+        for name in likelihood.unit_options:  # of the saved tensors; these rows may have another
+            setattr(likelihood, name, said.get(name, getattr(likelihood, name)))
+        read_pretrained(blora.net, resume_from_checkpoint, **parts).load_into(blora.posterior)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

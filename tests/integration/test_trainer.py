@@ -8,6 +8,7 @@ from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
 
 from pyro_blora import BayesianLoRA, guides
+from pyro_blora.errors import DataError
 from pyro_blora.inference import RATES
 
 ROWS = tiny.examples(12)
@@ -92,6 +93,33 @@ def test_an_autoguide_is_trained_and_its_checkpoint_read(replaced, tmp_path):
     expected = blora.predict(tiny.collate(ROWS), 0).probs
     read = BayesianLoRA.from_pretrained(blora.unwrap(), tmp_path / "checkpoint-4")
     assert torch.equal(read.predict(tiny.collate(ROWS), 0).probs, expected)
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+def test_a_refused_training_leaves_nothing_to_the_next_one(is_second, tmp_path):
+    """An optimizer of the parameters that are there now, with the moments of steps that count."""
+    ends = []
+    for is_refused in (False, True):
+        pyro.set_rng_seed(0)
+        run = trainer(tmp_path, tiny.adapted(guide=AutoNormal))
+        usual = run.data_collator
+
+        if is_second:
+            run.train()
+            if is_refused:
+                run.args.lr_scheduler_type = "cosine_with_min_lr"
+                with pytest.raises(ValueError, match="min_lr"):  # which it needs
+                    run.train()
+                run.args.lr_scheduler_type = "linear"
+        if is_refused:
+            run.data_collator = tiny.raising(DataError("a bad row"), 3)
+            with pytest.raises(DataError):
+                run.train()
+            run.data_collator = usual
+        pyro.set_rng_seed(0)  # the refused one has drawn
+        run.train()
+        ends.append(tiny.trained(run.blora))
+    assert tiny.equal(*ends)
 
 
 def test_evaluation_leaves_no_trace_in_training(tmp_path):
