@@ -36,7 +36,8 @@ class KernelInducing(KroneckerInducing):
     Q_c`, the Nystroem approximation of :math:`\sigma^2\, k_r \otimes k_c`. Every output and input
     neuron has an embedding :math:`e`, and ``m`` inducing points ``Z`` start at random embeddings.
     The conditional is deterministic. Linear kernels over one-hot embeddings give a
-    :class:`KroneckerInducing`.
+    :class:`KroneckerInducing`, behind which other kernels were far in the one benchmark of them
+    (SST-2 with MiniLM, ``docs/calibration.md``).
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 8.

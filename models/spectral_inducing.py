@@ -20,7 +20,8 @@ class SpectralInducing(KroneckerInducing):
 
     up to the factor :math:`1 / (1 + D^2)`. The directions are fixed, so that only the ``m_r m_c``
     numbers of the core and sigma are learned in each layer. These are the subspaces of LoRA-XS,
-    where ``V`` is a point, and of B-LoRA-XS.
+    where ``V`` is a point, and of B-LoRA-XS, which learned little in 300 steps of SST-2 with MiniLM
+    (``docs/calibration.md``).
 
     Args:
         rank: ``m``, or ``(m_r, m_c)``. Default: 16.
