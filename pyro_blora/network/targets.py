@@ -142,7 +142,7 @@ def logit_names(net: nn.Module) -> tuple[str, ...]:
 
 def check_bare(net: nn.Module) -> None:
     """Raises ConfigurationError if the network has an adapter of PEFT."""
-    if hasattr(net, "peft_config"):
+    if any(hasattr(module, "peft_config") for module in net.modules()):
         raise ConfigurationError(
             f"The network must have no adapter of PEFT, got a {type(net).__name__}; call from_peft "
             "or bayesianize for a posterior around its LoRA, or merge the LoRA first."
