@@ -27,7 +27,8 @@ Mean ± standard error over seeds, the lowest NLL first; a rate with `split` has
 an eighth of the training items. By chance: the ECE expected of a calibrated method with the same \
 confidences. Sure and wrong: the wrong answers among those of 95 % or more, of all seeds. \
 Difference: the NLL minus the default's, ± its standard error over items, and that over items and \
-seeds. Trials: the settings tried on validation items.
+seeds, widened by Student's t so that twice it is a 95 % interval. \
+Trials: the settings tried on validation items.
 """
 
 Cell = Mapping[str, Any]
@@ -106,7 +107,8 @@ def summary(tasks: Mapping[str, Rows]) -> Iterator[str]:
         gaps = [gap(rows, method) for rows in tasks.values()] if method != OURS else []
         sure = f"{sum(c['sure_wrong'] for c in every)} of {sum(c['sure'] for c in every)}"
         line = [method, *(f"{f * mean_of(every, k):.{d}f}" for k, (_, f, d) in COLUMNS.items())]
-        line += [sure, every[0]["passes"], difference(gaps) if gaps else ""]
+        passes = " to ".join(map(str, sorted({cell["passes"] for cell in every})))  # by classes
+        line += [sure, passes, difference(gaps) if gaps else ""]
         lines.append((mean_of(every, "nll"), line))
     head = ["method", *(title for title, _, _ in COLUMNS.values()), "sure and wrong", "passes"]
     yield from markdown([*head, "difference"], [line for _, line in sorted(lines)])
