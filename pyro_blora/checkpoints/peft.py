@@ -535,6 +535,7 @@ def _task_type(model: BayesianLoRAModel) -> str | None:
     if model.likelihood.new_head:
         # PEFT then makes the head one of modules_to_save, and does not adapt its layers
         trained, every = set(model.trained_heads.names), set(head_names(model.net))
-        return model.likelihood.task_type if trained and trained >= every else None
+        has_config = hasattr(model.net, "config")  # which PEFT's class for such a task reads
+        return model.likelihood.task_type if has_config and trained and trained >= every else None
     generates = getattr(model.net, "can_generate", None)
     return "CAUSAL_LM" if generates is not None and generates() else None

@@ -46,8 +46,7 @@ def reading(
     collate_labels = likelihood.read(rows, collate, net, labeled=labeled, training=training)
     if not encoded or collate_labels is None or not is_from(collate, "transformers."):
         return rows, collate_labels
-    whole: Any = getattr(net, "_orig_mod", net)  # if compiled
-    known = {*inspect.signature(whole.forward).parameters, *likelihood.keys}
+    known = {*inspect.signature(net.forward).parameters, *likelihood.keys}
     known |= {"labels", "label", "label_ids"}
     return rows, lambda part: collate_labels(
         [{name: row[name] for name in row if name in known} for row in part]

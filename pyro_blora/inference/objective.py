@@ -91,7 +91,7 @@ class Objective:
                 "A batch must have labels to learn from, got none; add them, for a language model "
                 "a copy of input_ids with -100 at the padding."
             )
-        most = self.num_particles or (batch.examples if model.keeps_rows else 1)
+        most = self.num_particles or (batch.examples if model.keeps_rows(batch) else 1)
         elbo = (TraceMeanField_ELBO if self._mean_field else Trace_ELBO)(
             # the largest divisor, because the last batch may be smaller
             num_particles=next(

@@ -1,7 +1,7 @@
 """What a few tokens show of a network, and what its configuration and its hooks say of it."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -37,32 +37,44 @@ def plainly(net: nn.Module) -> Iterator[None]:
         yield
 
 
-def keeps_rows(net: nn.Module, hooks: Sequence[LayerHook]) -> bool:
+def keeps_rows(
+    net: nn.Module, hooks: Sequence[LayerHook], run: Callable[[int], Tensor] | None = None
+) -> bool | None:
     """Whether two rows under two updates in one pass have the logits that each has in its own.
 
     They do not where Longformer and XLNet have the rows in the second dimension, or DeBERTa runs a
-    layer on its relative positions, too. A network that cannot run on token ids alone passes.
+    layer on its relative positions, too. ``run`` gives the logits of so many equal rows, by default
+    of token ids. The result is None where the network cannot run on one row.
     """
-    ids, generator = few_tokens(net, 2), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = [layer_shape(hook.module) or (1, 1) for hook in hooks]
     random = partial(torch.randn, generator=generator)
     factors = [
         (random(2, 1, d_in), 0.3 / d_in**0.5 * random(2, d_out, 1)) for d_out, d_in in shapes
     ]
 
-    def logits(rows: slice) -> Tensor | None:
+    def logits(rows: slice, count: int) -> Tensor | None:
         updates = [LayerUpdate(A[rows], B[rows]) for A, B in factors]
         with updates_in_place(hooks, updates):
-            return logits_of(net, input_ids=ids[rows])
+            return plain(count)
+
+    def plain(count: int) -> Tensor | None:
+        if run is None:
+            return logits_of(net, input_ids=few_tokens(net, 1).expand(count, -1))
+        with suppress(Exception):
+            return run(count)
+        return None
 
     with plainly(net):
-        plain = logits_of(net, input_ids=ids)
-        apart = [logits(slice(k, k + 1)) for k in range(2)]
-        if plain is None or apart[0] is None or apart[1] is None or not plain.isfinite().all():
-            return True
-        both, each = logits(slice(0, 2)), torch.cat([apart[0], apart[1]])
+        bare, *apart = plain(1), *(logits(slice(k, k + 1), 1) for k in range(2))
+        if bare is None or apart[0] is None or apart[1] is None or not bare.isfinite().any():
+            return None
+        both, each = logits(slice(0, 2), 2), torch.cat([apart[0], apart[1]])
+        if both is None or both.shape != each.shape:
+            return False
+        at = bare.isfinite().expand_as(each)
         # rounding is below a thousandth of what the updates change, rows that mix above a third
-        return both is not None and bool((both - each).norm() <= 0.1 * (each - plain).norm())
+        return bool((both - each)[at].norm() <= 0.1 * (each - bare)[at].norm())
 
 
 def agree(given: Tensor | None, expected: Tensor | None) -> bool:

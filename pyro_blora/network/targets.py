@@ -141,7 +141,12 @@ def logit_names(net: nn.Module) -> tuple[str, ...]:
 
 
 def check_bare(net: nn.Module) -> None:
-    """Raises ConfigurationError if the network has an adapter of PEFT."""
+    """Raises ConfigurationError if a network has an adapter of PEFT, or was compiled as a copy."""
+    if hasattr(net, "_orig_mod"):
+        raise ConfigurationError(
+            "The network must be the module that torch.compile was given, got what it returned, "
+            "whose layers have other names; adapt the module, and compile it by net.compile()."
+        )
     if any(hasattr(module, "peft_config") for module in net.modules()):
         raise ConfigurationError(
             f"The network must have no adapter of PEFT, got a {type(net).__name__}; call from_peft "

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
@@ -77,6 +77,13 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
     }
 
 
+def row_of(batch: Prepared, k: int) -> dict[str, Any]:
+    """The batch's example ``k``, in a batch of its own."""
+    size = batch.examples
+    rows = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (size,)}
+    return {**batch, **{name: value[k : k + 1] for name, value in rows.items()}}
+
+
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """The batch on ``device``, with its lists and arrays of numbers as tensors."""
     if not isinstance(batch, Mapping):
@@ -141,6 +148,7 @@ class BayesianLoRAModel(PyroModule):
         self.register_buffer("temperature", torch.ones((), device=self.groups[0].device))
         self.register_buffer("mean_temperature", torch.ones((), device=self.groups[0].device))
         self.adapters: tuple[LayerHook, ...] = ()
+        self._keeps_rows: bool | None = None
         self.register_load_state_dict_post_hook(_mark_by_numbers)
         self.layer_names = [name for group in groups for name in group.module_names]
 
@@ -175,19 +183,27 @@ class BayesianLoRAModel(PyroModule):
         value: Tensor = site.transform(site.start()[0])
         return value
 
-    @cached_property
-    def keeps_rows(self) -> bool:
-        """Whether draws can share a pass of the network, because its layers keep the rows apart."""
-        with LOCK:
-            kept = keeps_rows(self.net, self.adapters)
-        if not kept:
-            warnings.warn(
-                f"An adapted layer of {type(self.net).__name__} does not have the rows of a "
-                "batch in its first dimension, so each draw takes a pass, and a training has one "
-                "draw for a batch; other target_modules may be faster.",
-                stacklevel=2,
-            )
-        return kept
+    def keeps_rows(self, batch: Prepared | None = None) -> bool:
+        """Whether draws can share a pass of the network, because its layers keep the rows apart.
+
+        This is found once, by the first example of a batch, or by token ids if there is none.
+        """
+        if self._keeps_rows is None:
+            run = None if batch is None else partial(self._first_row, batch)
+            with LOCK:
+                self._keeps_rows = keeps_rows(self.net, self.adapters, run)
+            if self._keeps_rows is False:
+                warnings.warn(
+                    f"An adapted layer of {type(self.net).__name__} does not have the rows of a "
+                    "batch in its first dimension, so each draw takes a pass, and a training has "
+                    "one draw for a batch; other target_modules may be faster.",
+                    stacklevel=2,
+                )
+        return self._keeps_rows is not False
+
+    def _first_row(self, batch: Prepared, count: int) -> Tensor:
+        """The logits of a batch's first example, so many times."""
+        return self.likelihood.logits(self.net, repeat_batch(row_of(batch, 0), count))
 
     @property
     def sites(self) -> list[Site]:
@@ -289,7 +305,7 @@ class BayesianLoRAModel(PyroModule):
             if self.enabled:
                 if (
                     any(u.particle_shape.numel() > 1 for u in updates.values())
-                    and not self.keeps_rows
+                    and not self.keeps_rows()
                 ):
                     raise ParticleError(
                         f"{type(self.net).__name__} must run under one draw in a pass, because an "
@@ -325,6 +341,8 @@ class BayesianLoRAModel(PyroModule):
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
+        if count > 1:
+            self.keeps_rows(batch)
         if count > 1 and ELBO_PLATE not in {plate.name for plate in get_plates()}:
             batch = repeat_batch(batch, count)
         elif examples % count:

@@ -1,7 +1,5 @@
 """The logits' first-order expansion at the guide's center, and draws of it."""
 
-from typing import Any
-
 import pyro
 import torch
 from torch import Tensor, nn
@@ -10,7 +8,7 @@ from pyro_blora.errors import ConfigurationError
 from pyro_blora.likelihoods import Batch
 from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.network.adapter import in_mode
-from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch
+from pyro_blora.posterior.bayesian_lora_model import BayesianLoRAModel, repeat_batch, row_of
 from pyro_blora.posterior.guide import StructuredGuide
 
 
@@ -28,9 +26,10 @@ def logit_jacobian(
             "guide must be of a family in pyro_blora.guides to linearize around its center, got "
             f"{type(guide).__name__}; pass linearized=False."
         )
-    examples = model.likelihood.examples(batch)
-    if examples > 1 and not model.keeps_rows:
-        singles = [_row(batch, k, examples) for k in range(examples)]
+    batch = model.prepared(batch)
+    examples = batch.examples
+    if examples > 1 and not model.keeps_rows(batch):
+        singles = [row_of(batch, k) for k in range(examples)]
         every = [logit_jacobian(model, guide, row) for row in singles]
         jacobians = {name: torch.cat([J[name] for _, J in every]) for name in every[0][1]}
         return torch.cat([logits for logits, _ in every]), jacobians
@@ -69,11 +68,6 @@ def logit_jacobian(
         name: J.reshape(*J.shape[:2], *site.shape)
         for (name, site), J in zip(sites.items(), stacked, strict=True)
     }
-
-
-def _row(batch: Batch, k: int, examples: int) -> dict[str, Any]:
-    each = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (examples,)}
-    return {**batch, **{name: value[k : k + 1] for name, value in each.items()}}
 
 
 @torch.no_grad()

@@ -253,7 +253,7 @@ class Posterior:
             max_rows = rows_of_a_pass(model, batch)
         total = max(1, num_samples)
         most = max(1, min(total, max_rows // examples))
-        most = most if most == 1 or model.keeps_rows else 1
+        most = most if most == 1 or model.keeps_rows(batch) else 1
         with ensembles_from_start(guide):  # so that a seed fixes the prediction
             for done in range(0, total, most):
                 draws = min(most, total - done)

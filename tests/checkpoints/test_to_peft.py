@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import tiny
@@ -105,6 +106,23 @@ def test_exports_load_in_peft(name, tmp_path):
     assert probs.std(0).max() > 1e-3
     torch.testing.assert_close(probs.mean(0), expected, atol=1e-5, rtol=0)
     assert model.peft_config["0"].task_type == TASKS.get(name, "CAUSAL_LM")
+
+
+def test_an_export_of_a_network_without_a_configuration_loads_in_peft(tmp_path):
+    class OfNumbers(SequenceClassification):
+        keys = ("x",)
+
+        def logits(self, net, batch):
+            return net(batch["x"])
+
+    layers = {"first": torch.nn.Linear(6, 8), "act": torch.nn.Tanh()}
+    net = torch.nn.Sequential(OrderedDict(layers, classifier=torch.nn.Linear(8, 3)))
+    blora = moved(net, target_modules=["first"], likelihood=OfNumbers(num_data=8))
+    blora.export_peft(tmp_path)
+    x = torch.randn(4, 6)
+    expected, plain = blora.predict({"x": x}, 0).probs, copy.deepcopy(blora.unwrap())
+    found = peft.PeftModel.from_pretrained(plain, tmp_path).eval()(x).softmax(-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_the_classes_of_a_classifier_are_named_beside_its_export(tmp_path):

@@ -101,6 +101,11 @@ def test_what_was_put_into_the_network_since_stays_as_it_is():
     assert left == {"model._orig_mod.norm.weight", "frozen.weight", "frozen.bias"}
 
 
+def test_what_torch_compile_returns_is_refused():
+    with pytest.raises(ConfigurationError, match="what it returned"):
+        tiny.adapted(torch.compile(tiny.llama(), backend="eager"))
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_another_library_keeps_its_forward(when):
     net = tiny.llama()

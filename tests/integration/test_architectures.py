@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
+from torch import nn
 
 from pyro_blora.errors import BatchError, ParticleError
 from pyro_blora.guides import Delta
@@ -184,3 +185,45 @@ def test_a_network_that_mixes_rows_runs_under_one_draw_in_a_pass(name):
     _, alone = logit_jacobian(blora.model, blora.guide, row)
     assert all(torch.allclose(jacobian[n][3:4], alone[n], atol=1e-5) for n in alone)
     fit(blora, [{k: v[i] for k, v in batch.items()} for i in range(8)], num_steps=2, progress=False)
+
+
+class SequenceFirst(nn.Module):
+    """Torch's encoder with the rows in the second dimension, its default, on numbers."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.classifier(self.encoder(x.transpose(0, 1)).mean(0))
+
+
+class OfNumbers(SequenceClassification):
+    keys = ("x",)
+
+    def logits(self, net, batch):
+        return net(batch["x"])
+
+
+@pytest.mark.parametrize("steps", [8, 7])  # which four draws divide, or do not
+def test_a_network_of_ones_own_that_mixes_rows_is_found_by_its_first_batch(steps):
+    torch.manual_seed(0)
+    net = SequenceFirst().eval()
+    plain, batch = (
+        copy.deepcopy(net),
+        {"x": torch.randn(4, steps, 8), "labels": torch.arange(4) % 3},
+    )
+    blora = tiny.adapted(net, target_modules=["linear1"], likelihood=OfNumbers(num_data=4))
+    sites = {site.name: torch.randn(4, *site.shape) for site in blora.model.sites}
+    (update,) = blora.posterior._updates_at(sites, 4)["linear1"].layers()
+    with pytest.warns(UserWarning, match="each draw takes a pass"):
+        found = blora.predict(batch, samples=sites).samples
+    for draw in range(4):
+        one = copy.deepcopy(plain)
+        one.encoder.layers[0].linear1.weight.data += update.weight()[draw].detach()
+        expected = one(batch["x"]).softmax(-1).detach()
+        torch.testing.assert_close(found[draw], expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ParticleError, match="one draw in a pass"):
+        tiny.elbo(4)(blora.model, blora.guide)(batch)

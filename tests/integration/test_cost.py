@@ -72,7 +72,7 @@ def one_step(layers, **options):
     batch = tiny.sequences()
     sites = list(pyro.poutine.trace(blora.model).get_trace(batch).nodes)
     loss_of = tiny.elbo(4)(blora.model, blora.guide)
-    assert blora.model.keeps_rows  # found once, so not counted
+    assert blora.model.keeps_rows()  # found once, so not counted
     with Operators() as counter:
         loss_of(batch).backward()
     return sites, counter, blora

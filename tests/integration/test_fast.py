@@ -132,7 +132,7 @@ def test_two_adapters_of_a_network_are_as_fast_as_each_says():
 
 def test_another_implementation_of_attention_is_probed_again():
     blora, batch = adapted("llama, options, eager")
-    assert blora.model.keeps_rows
+    assert blora.model.keeps_rows()
     calls = []
     blora.net.register_forward_pre_hook(lambda *_: calls.append(1))
 
