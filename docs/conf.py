@@ -14,6 +14,7 @@ from pyro_blora import __version__
 project = "pyro_blora"
 version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions += ["sphinx-mathjax-offline"]  # formulas are shown without a network, too
 if os.environ.get("DOCS_INTERSPHINX"):  # reads four inventories from the network
     extensions.append("sphinx.ext.intersphinx")
 intersphinx_mapping = {
