@@ -184,7 +184,7 @@ def write_report(cells: Collection[Cell], settings: Mapping[str, Any], out: Path
     versions = {json.dumps(cell["versions"], sort_keys=True) for cell in cells}
     text += ["Versions: " + "; ".join(sorted(versions)), ""]
     (out / "report.md").write_text("\n".join(text), encoding="utf-8")
-    panels = Figure(figsize=(5, 4), dpi=200, layout="constrained")
+    panels = Figure(figsize=(5, 4.6), dpi=200, layout="constrained")
     beside = {t: rows for t, rows in drawn if OURS in rows and RIVALS.keys() & rows.keys()}
     draw_panels(panels.subplots(), beside)
     write_file(out / "figures" / "panels.png", panels.savefig)
