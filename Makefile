@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
 # The built-in commonsense set, six epochs in 300 steps, as docs/hyperparameters.md advises. Two trainings, whose steps
-# have four examples, fit into seven minutes on two cores in single precision: of the strongest LoRA, and of the default.
+# have four examples, fit into ten minutes on two cores in single precision: of the strongest LoRA, and of the default.
 DEMO := --model smollm2 --task facts --methods split:lora,bayesian-lora --seeds 0 \
 	--max-steps 300 --batch-size 4 --num-samples 10 \
 	--max-train 200 --max-test 100 --out out/demo
@@ -14,7 +14,7 @@ DEMO := --model smollm2 --task facts --methods split:lora,bayesian-lora --seeds 
 .PHONY: help demo check test test-lowest lint docs dist clean
 
 help:
-	@echo "make demo   install into .venv, fine-tune SmolLM2-135M as LoRA and as the default, compare (about 7 minutes on two cores)"
+	@echo "make demo   install into .venv, fine-tune SmolLM2-135M as LoRA and as the default, compare (5 to 10 minutes on two cores)"
 	@echo "make check  lint, check types, and run the exactness and contract tests but the slow ones (a minute on two cores)"
 	@echo "make test   install into .venv and run the linter, the type checker and the tests (about 5 minutes)"
 	@echo "make test-lowest  run the tests on the oldest releases that setup.cfg allows"
