@@ -44,7 +44,8 @@ def keeps_rows(
 
     They do not where Longformer and XLNet have the rows in the second dimension, or DeBERTa runs a
     layer on its relative positions, too. ``run`` gives the logits of so many equal rows, by default
-    of token ids. The result is None where the network cannot run on one row.
+    of token ids. The result is None where the network cannot run on one row, or updates do
+    not change its logits.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = [layer_shape(hook.module) or (1, 1) for hook in hooks]
@@ -70,11 +71,14 @@ def keeps_rows(
         if bare is None or apart[0] is None or apart[1] is None or not bare.isfinite().any():
             return None
         both, each = logits(slice(0, 2), 2), torch.cat([apart[0], apart[1]])
+        at = bare.isfinite().expand_as(each)
+        moved = (each - bare)[at].norm()
+        if moved <= 1e-3 * bare[bare.isfinite()].norm():  # as queries of a row of one token
+            return None
         if both is None or both.shape != each.shape:
             return False
-        at = bare.isfinite().expand_as(each)
         # rounding is below a thousandth of what the updates change, rows that mix above a third
-        return bool((both - each)[at].norm() <= 0.1 * (each - bare)[at].norm())
+        return bool((both - each)[at].norm() <= 0.1 * moved)
 
 
 def agree(given: Tensor | None, expected: Tensor | None) -> bool:

@@ -80,8 +80,13 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 def row_of(batch: Prepared, k: int) -> dict[str, Any]:
     """The batch's example ``k``, in a batch of its own."""
     size = batch.examples
-    rows = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.shape[:1] == (size,)}
-    return {**batch, **{name: value[k : k + 1] for name, value in rows.items()}}
+    cut = {}
+    for name, value in batch.items():
+        # CausalLM counts the tokens of each row in a tuple
+        length = len(value) if isinstance(value, tuple) else None
+        if length == size or (isinstance(value, Tensor) and value.shape[:1] == (size,)):
+            cut[name] = value[k : k + 1]
+    return {**batch, **cut}
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -186,12 +191,14 @@ class BayesianLoRAModel(PyroModule):
     def keeps_rows(self, batch: Prepared | None = None) -> bool:
         """Whether draws can share a pass of the network, because its layers keep the rows apart.
 
-        This is found once, by the first example of a batch, or by token ids if there is none.
+        This is found once, by the first example of a batch, or by token ids if there is none, or if
+        that example does not show it.
         """
         if self._keeps_rows is None:
-            run = None if batch is None else partial(self._first_row, batch)
+            runs = [None] if batch is None else [partial(self._first_row, batch), None]
             with LOCK:
-                self._keeps_rows = keeps_rows(self.net, self.adapters, run)
+                found = (keeps_rows(self.net, self.adapters, run) for run in runs)
+                self._keeps_rows = next((kept for kept in found if kept is not None), None)
             if self._keeps_rows is False:
                 warnings.warn(
                     f"An adapted layer of {type(self.net).__name__} does not have the rows of a "

@@ -16,7 +16,7 @@ from torch import nn
 from pyro_blora.errors import BatchError, ParticleError
 from pyro_blora.guides import Delta
 from pyro_blora.inference import fit
-from pyro_blora.likelihoods import LabelTokens, SequenceClassification
+from pyro_blora.likelihoods import CausalLM, LabelTokens, SequenceClassification
 from pyro_blora.posterior.linearized import logit_jacobian
 
 ROWS = tiny.examples(8)
@@ -227,3 +227,26 @@ def test_a_network_of_ones_own_that_mixes_rows_is_found_by_its_first_batch(steps
         torch.testing.assert_close(found[draw], expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ParticleError, match="one draw in a pass"):
         tiny.elbo(4)(blora.model, blora.guide)(batch)
+
+
+@pytest.mark.filterwarnings("ignore:An adapted layer of XLNetLMHeadModel")
+def test_a_language_model_that_mixes_rows_learns_text_and_scores_it():
+    net = hf.XLNetLMHeadModel(hf.XLNetConfig(**XLNET)).eval()
+    likelihood = CausalLM(num_data=4)
+    blora = tiny.adapted(net, target_modules=["ff.layer_1"], likelihood=likelihood)
+    batch = tiny.texts(4)
+    torch.manual_seed(0)
+    found = blora.log_predictive(batch, 3)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, blora.log_predictive(batch, 3, max_rows=1))
+    fit(blora, [{k: v[i] for k, v in batch.items()} for i in range(4)], num_steps=2, progress=False)
+
+
+def test_a_first_row_that_the_update_does_not_change_decides_nothing():
+    """Queries of a row of one token have no effect."""
+    blora = tiny.adapted(
+        target_modules=["q_proj"], likelihood=LabelTokens(token_ids=tiny.ANSWERS, num_data=4)
+    )
+    batch = tiny.sequences(4)
+    batch["attention_mask"][0, 1:] = 0
+    assert blora.model.keeps_rows(blora.model.prepared(batch))

@@ -1,5 +1,7 @@
 """Each likelihood with what users do with an adapter: it works, or is refused in one line."""
 
+from functools import partial
+
 import kinds
 import pytest
 import tiny
@@ -8,6 +10,7 @@ from pyro_blora import compare
 from pyro_blora.errors import ConfigurationError
 from pyro_blora.evaluation import comparison
 from pyro_blora.evaluation.metrics import doubts, out_of_scope, rank, threshold_for
+from pyro_blora.network import probes
 
 SCORES = {"MultiLabel": "nll ece f1 auroc n", "Regression": "nll rmse coverage crps n"}
 # of several labels, of a number, or of none
@@ -34,6 +37,13 @@ def blora(kind):
 
 def predicted(blora, data):
     return blora.predict_dataset(data, num_samples=3, precision="float32")
+
+
+def test_the_first_example_of_a_batch_shows_that_draws_can_share_a_pass(kind, blora, monkeypatch):
+    monkeypatch.setattr(probes, "few_tokens", None)  # of the batch alone
+    batch = blora.model.prepared(tiny.LIKELIHOODS[kind][2](4))
+    run = partial(blora.model._first_row, batch)
+    assert probes.keeps_rows(blora.net, blora.model.adapters, run) is True
 
 
 def test_evaluate(kind, blora, data):
