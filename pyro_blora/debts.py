@@ -64,12 +64,18 @@ def slots_of(module: nn.Module) -> dict[str, Any]:
     return module._parameters
 
 
+def is_made_by_compile(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` returned this module, by ``_orig_mod`` of torch 2.10."""
+    # Without it an adapter would be saved under the names of the layers within.
+    return hasattr(module, "_orig_mod")
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module runs from a graph, by any of three names of torch 2.10's compiler."""
     # Such a graph does not see a replaced forward, so that no block in it can be skipped.
     return (
         module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
+        or is_made_by_compile(module)
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
     )
 

@@ -38,14 +38,13 @@ def plainly(net: nn.Module) -> Iterator[None]:
 
 
 def keeps_rows(
-    net: nn.Module, hooks: Sequence[LayerHook], run: Callable[[int], Tensor] | None = None
+    net: nn.Module, hooks: Sequence[LayerHook], run: Callable[[int], Tensor | None]
 ) -> bool | None:
     """Whether two rows under two updates in one pass have the logits that each has in its own.
 
     They do not where Longformer and XLNet have the rows in the second dimension, or DeBERTa runs a
-    layer on its relative positions, too. ``run`` gives the logits of so many equal rows, by default
-    of token ids. The result is None where the network cannot run on one row, or updates do
-    not change its logits.
+    layer on its relative positions, too. ``run`` gives the logits of so many equal rows. The result
+    is None where the network cannot run on one of them, or where updates do not change its logits.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = [layer_shape(hook.module) or (1, 1) for hook in hooks]
@@ -54,31 +53,32 @@ def keeps_rows(
         (random(2, 1, d_in), 0.3 / d_in**0.5 * random(2, d_out, 1)) for d_out, d_in in shapes
     ]
 
-    def logits(rows: slice, count: int) -> Tensor | None:
-        updates = [LayerUpdate(A[rows], B[rows]) for A, B in factors]
-        with updates_in_place(hooks, updates):
-            return plain(count)
-
-    def plain(count: int) -> Tensor | None:
-        if run is None:
-            return logits_of(net, input_ids=few_tokens(net, 1).expand(count, -1))
-        with suppress(Exception):
-            return run(count)
+    def logits(*draws: int) -> Tensor | None:
+        """A row for each draw, or one row without updates; ``None`` if the network raises."""
+        at = list(draws)
+        updates = [LayerUpdate(A[at], B[at]) if at else None for A, B in factors]
+        with updates_in_place(hooks, updates), suppress(Exception):
+            return run(max(1, len(at)))
         return None
 
     with plainly(net):
-        bare, *apart = plain(1), *(logits(slice(k, k + 1), 1) for k in range(2))
-        if bare is None or apart[0] is None or apart[1] is None or not bare.isfinite().any():
+        bare, first, second = logits(), logits(0), logits(1)
+        if bare is None or first is None or second is None:
             return None
-        both, each = logits(slice(0, 2), 2), torch.cat([apart[0], apart[1]])
-        at = bare.isfinite().expand_as(each)
-        moved = (each - bare)[at].norm()
-        if moved <= 1e-3 * bare[bare.isfinite()].norm():  # as queries of a row of one token
+        each, finite = torch.cat([first, second]), bare.isfinite()
+        moved = (each - bare)[finite.expand_as(each)].norm()
+        if moved <= 1e-3 * bare[finite].norm():  # as by the queries of a row of one token
             return None
+        both = logits(0, 1)
         if both is None or both.shape != each.shape:
             return False
         # rounding is below a thousandth of what the updates change, rows that mix above a third
-        return bool((both - each)[at].norm() <= 0.1 * moved)
+        return bool((both - each)[finite.expand_as(each)].norm() <= 0.1 * moved)
+
+
+def logits_of_ids(net: nn.Module, rows: int) -> Tensor | None:
+    """The logits of so many equal rows of a few token ids; ``None`` if the network raises."""
+    return logits_of(net, input_ids=few_tokens(net, 1).expand(rows, -1))
 
 
 def agree(given: Tensor | None, expected: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyro_blora.debts import execution_device, is_offloaded, slots_of
+from pyro_blora.debts import execution_device, is_made_by_compile, is_offloaded, slots_of
 from pyro_blora.errors import ConfigurationError, near_miss
 
 T = TypeVar("T")
@@ -141,8 +141,8 @@ def logit_names(net: nn.Module) -> tuple[str, ...]:
 
 
 def check_bare(net: nn.Module) -> None:
-    """Raises ConfigurationError if a network has an adapter of PEFT, or was compiled as a copy."""
-    if hasattr(net, "_orig_mod"):
+    """Raises ConfigurationError if ``net`` has an adapter of PEFT, or torch.compile made it."""
+    if is_made_by_compile(net):
         raise ConfigurationError(
             "The network must be the module that torch.compile was given, got what it returned, "
             "whose layers have other names; adapt the module, and compile it by net.compile()."

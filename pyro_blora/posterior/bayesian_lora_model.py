@@ -38,7 +38,7 @@ from pyro_blora.network.adapter import (
     updates_kept_for_backward,
 )
 from pyro_blora.network.pretrained import choose_precision
-from pyro_blora.network.probes import keeps_rows
+from pyro_blora.network.probes import keeps_rows, logits_of_ids
 from pyro_blora.network.targets import LayerGroup, by_group
 
 # Pyro's handlers and its store belong to the process, so only one thread may run a model or a guide
@@ -79,14 +79,13 @@ def repeat_batch(batch: Batch, times: int) -> dict[str, Any]:
 
 def row_of(batch: Prepared, k: int) -> dict[str, Any]:
     """The batch's example ``k``, in a batch of its own."""
-    size = batch.examples
-    cut = {}
-    for name, value in batch.items():
-        # CausalLM counts the tokens of each row in a tuple
-        length = len(value) if isinstance(value, tuple) else None
-        if length == size or (isinstance(value, Tensor) and value.shape[:1] == (size,)):
-            cut[name] = value[k : k + 1]
-    return {**batch, **cut}
+
+    def cut(value: Any) -> Any:
+        is_tuple = isinstance(value, tuple)  # CausalLM counts the tokens of each row
+        sizes = (len(value),) if is_tuple else getattr(value, "shape", ())[:1]
+        return value[k : k + 1] if sizes == (batch.examples,) else value
+
+    return {name: cut(value) for name, value in batch.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -195,7 +194,9 @@ class BayesianLoRAModel(PyroModule):
         that example does not show it.
         """
         if self._keeps_rows is None:
-            runs = [None] if batch is None else [partial(self._first_row, batch), None]
+            runs: list[Callable[[int], Tensor | None]] = [partial(logits_of_ids, self.net)]
+            if batch is not None:
+                runs.insert(0, partial(self._first_row, batch))
             with LOCK:
                 found = (keeps_rows(self.net, self.adapters, run) for run in runs)
                 self._keeps_rows = next((kept for kept in found if kept is not None), None)
@@ -304,16 +305,17 @@ class BayesianLoRAModel(PyroModule):
             self.enabled = before
 
     @contextmanager
-    def applied(self, updates: Mapping[str, LowRankUpdate]) -> Iterator[nn.Module]:
-        """Yields the network with ``updates`` and the trained heads in place."""
+    def applied(
+        self, updates: Mapping[str, LowRankUpdate], batch: Prepared | None = None
+    ) -> Iterator[nn.Module]:
+        """Yields the network with ``updates`` and the trained heads in place, to run on a batch."""
         self.check_attached()
         layers = [layer for group in self.groups for layer in updates[group.name].layers()]
         with ExitStack() as within:
             if self.enabled:
-                if (
-                    any(u.particle_shape.numel() > 1 for u in updates.values())
-                    and not self.keeps_rows()
-                ):
+                if any(
+                    u.particle_shape.numel() > 1 for u in updates.values()
+                ) and not self.keeps_rows(batch):
                     raise ParticleError(
                         f"{type(self.net).__name__} must run under one draw in a pass, because an "
                         "adapted layer does not have the rows of the batch in its first dimension, "
@@ -348,18 +350,17 @@ class BayesianLoRAModel(PyroModule):
             )
         particles = torch.broadcast_shapes(*(update.particle_shape for update in updates.values()))
         count = particles.numel()
-        if count > 1:
-            self.keeps_rows(batch)
+        rows: Batch = batch
         if count > 1 and ELBO_PLATE not in {plate.name for plate in get_plates()}:
-            batch = repeat_batch(batch, count)
+            rows = repeat_batch(batch, count)
         elif examples % count:
             divisors = [d for d in range(1, examples + 1) if examples % d == 0]
             raise ParticleError(
                 f"{examples} examples cannot be divided evenly among {count} particles. "
                 f"Choose num_particles from {divisors}, or drop the last incomplete batch."
             )
-        with self.applied(updates) as net:
-            self.likelihood.observe(net, batch, particles, examples)
+        with self.applied(updates, batch) as net:
+            self.likelihood.observe(net, rows, particles, examples)
         # detached, because an AutoGuide keeps the result of its first call, and may be copied
         return {name: update.detached() for name, update in updates.items()}
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 
+import own_classes
 import pytest
 import tiny
 import torch
@@ -109,15 +110,12 @@ def test_exports_load_in_peft(name, tmp_path):
 
 
 def test_an_export_of_a_network_without_a_configuration_loads_in_peft(tmp_path):
-    class OfNumbers(SequenceClassification):
-        keys = ("x",)
-
-        def logits(self, net, batch):
-            return net(batch["x"])
+    class Classes(own_classes.OfX, SequenceClassification):
+        """Of a network with a new head."""
 
     layers = {"first": torch.nn.Linear(6, 8), "act": torch.nn.Tanh()}
     net = torch.nn.Sequential(OrderedDict(layers, classifier=torch.nn.Linear(8, 3)))
-    blora = moved(net, target_modules=["first"], likelihood=OfNumbers(num_data=8))
+    blora = moved(net, target_modules=["first"], likelihood=Classes(num_data=8))
     blora.export_peft(tmp_path)
     x = torch.randn(4, 6)
     expected, plain = blora.predict({"x": x}, 0).probs, copy.deepcopy(blora.unwrap())

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from own_classes import OfX
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
 from torch import nn
@@ -200,22 +201,13 @@ class SequenceFirst(nn.Module):
         return self.classifier(self.encoder(x.transpose(0, 1)).mean(0))
 
 
-class OfNumbers(SequenceClassification):
-    keys = ("x",)
-
-    def logits(self, net, batch):
-        return net(batch["x"])
-
-
 @pytest.mark.parametrize("steps", [8, 7])  # which four draws divide, or do not
 def test_a_network_of_ones_own_that_mixes_rows_is_found_by_its_first_batch(steps):
     torch.manual_seed(0)
     net = SequenceFirst().eval()
-    plain, batch = (
-        copy.deepcopy(net),
-        {"x": torch.randn(4, steps, 8), "labels": torch.arange(4) % 3},
-    )
-    blora = tiny.adapted(net, target_modules=["linear1"], likelihood=OfNumbers(num_data=4))
+    plain = copy.deepcopy(net)
+    batch = {"x": torch.randn(4, steps, 8), "labels": torch.arange(4) % 3}
+    blora = tiny.adapted(net, target_modules=["linear1"], likelihood=OfX(num_data=4))
     sites = {site.name: torch.randn(4, *site.shape) for site in blora.model.sites}
     (update,) = blora.posterior._updates_at(sites, 4)["linear1"].layers()
     with pytest.warns(UserWarning, match="each draw takes a pass"):
@@ -232,9 +224,8 @@ def test_a_network_of_ones_own_that_mixes_rows_is_found_by_its_first_batch(steps
 @pytest.mark.filterwarnings("ignore:An adapted layer of XLNetLMHeadModel")
 def test_a_language_model_that_mixes_rows_learns_text_and_scores_it():
     net = hf.XLNetLMHeadModel(hf.XLNetConfig(**XLNET)).eval()
-    likelihood = CausalLM(num_data=4)
+    batch, likelihood = tiny.texts(4), CausalLM(num_data=4)
     blora = tiny.adapted(net, target_modules=["ff.layer_1"], likelihood=likelihood)
-    batch = tiny.texts(4)
     torch.manual_seed(0)
     found = blora.log_predictive(batch, 3)
     torch.manual_seed(0)

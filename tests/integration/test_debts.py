@@ -15,6 +15,8 @@ def test_compiled_modules_are_known():
     assert not debts.is_compiled(layer)
     in_place.compile()
     decorated.forward = torch.compile(decorated.forward)
+    assert not debts.is_made_by_compile(in_place)
+    assert debts.is_made_by_compile(torch.compile(layer))
     assert all(map(debts.is_compiled, [torch.compile(layer), in_place, decorated]))
 
 

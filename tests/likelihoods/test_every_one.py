@@ -39,8 +39,7 @@ def predicted(blora, data):
     return blora.predict_dataset(data, num_samples=3, precision="float32")
 
 
-def test_the_first_example_of_a_batch_shows_that_draws_can_share_a_pass(kind, blora, monkeypatch):
-    monkeypatch.setattr(probes, "few_tokens", None)  # of the batch alone
+def test_the_first_example_of_a_batch_shows_that_draws_can_share_a_pass(kind, blora):
     batch = blora.model.prepared(tiny.LIKELIHOODS[kind][2](4))
     run = partial(blora.model._first_row, batch)
     assert probes.keeps_rows(blora.net, blora.model.adapters, run) is True
