@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -169,9 +169,9 @@ class Benchmark:
             spec["package"], net, data, collate, seed=seed, data=sets, **how, **change
         )
         prediction, labels = fitted.predictions["test"]
-        auroc = {}
+        auroc = None
         if outside:
-            auroc["entropy"] = out_of_scope(prediction, fitted.predictions["outside"][0]).auroc
+            auroc = out_of_scope(prediction, fitted.predictions["outside"][0]).auroc
         costs = (fitted.passes, fitted.seconds, fitted.numbers)
         yield name, scores_of(prediction.probs, labels, auroc, *costs)
 
@@ -222,7 +222,7 @@ class Benchmark:
 def scores_of(
     probs: Tensor,
     labels: Tensor,
-    auroc: Mapping[str, float],
+    auroc: float | None,
     passes: int,
     seconds: float,
     numbers: int,
@@ -235,7 +235,7 @@ def scores_of(
         "chance": ece_by_chance(probs),
         "sure": sure,
         "sure_wrong": wrong,
-        "auroc": auroc,
+        "auroc": {} if auroc is None else {"entropy": auroc},
         "passes": passes,
         "seconds": round(seconds, 1),
         "numbers": numbers,

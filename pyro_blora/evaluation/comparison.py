@@ -24,7 +24,7 @@ from pyro_blora.checkpoints.files import check_folder
 from pyro_blora.data import Task, load_task
 from pyro_blora.data.splits import hold_out
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.evaluation.metrics import doubts, error_of, out_of_scope
+from pyro_blora.evaluation.metrics import error_of, out_of_scope
 from pyro_blora.evaluation.plots import reliability_diagram, save_figure
 from pyro_blora.evaluation.results import Row, read, write
 from pyro_blora.inference import FitResult, fit
@@ -139,12 +139,10 @@ class Comparison:
             gaps = [gap["nll"] for gap in self.differences().values()]
             texts = [f"{gap:+.3f} ± {error:.3f}" for gap, error in gaps]
             columns[f"NLL minus {next(iter(by))}'s"] = ["", *texts]
-        for doubt in dict.fromkeys(doubt for row in self.rows for doubt in row.auroc):
-            title = f"AUROC % out of scope, {doubt.replace('_', ' ')}"
-            each = [
-                [100 * r.auroc[doubt] for r in rows if doubt in r.auroc] for rows in by.values()
-            ]
-            columns[title] = [_spread(values, ".1f") for values in each]
+        given = [[row.auroc for row in rows if row.auroc is not None] for rows in by.values()]
+        if any(given):
+            each = [[100 * area for area in areas] for areas in given]
+            columns["out of scope, AUROC %"] = [_spread(areas, ".1f") for areas in each]
         for key in ("temperature_by", "passes"):
             values = [dict.fromkeys(str(getattr(row, key)) for row in rows) for rows in by.values()]
             if any({*each} - {"none", "0"} for each in values):
@@ -244,7 +242,8 @@ def compare(
         num_samples: posterior draws of a prediction, for methods without a number of their own.
         precision: as in ``fit``.
         outside: questions out of scope, as for :meth:`Task.outside <pyro_blora.data.Task.outside>`.
-            The table then says how well each method's doubts separate them from the test items.
+            The table then has the AUROC by which the entropy, or of numbers the standard deviation,
+            tells them from the test items.
         likelihood: of labels that are not one class or option of each row; rows then stay as they
             are. Default: by the data and the network's head.
         out: a folder for the results. After an interruption the same call continues from there;
@@ -491,7 +490,6 @@ def _row(
         has_learned=fitted.has_learned,
     )
     if "outside" in predictions:
-        outside, _ = predictions["outside"]
-        for doubt in filter("confidence".__ne__, doubts(prediction)):
-            row.auroc[doubt] = out_of_scope(prediction, outside, by=doubt).auroc
+        doubt = "entropy" if prediction.family is None else "stddev"
+        row.auroc = out_of_scope(prediction, predictions["outside"][0], by=doubt).auroc
     return row

@@ -39,7 +39,7 @@ class Row:
     labels: Tensor = field(repr=False)
     log_probs: Tensor = field(repr=False)  # of the labels, in nats
     has_learned: bool = True
-    auroc: dict[str, float] = field(default_factory=dict)  # out of scope, by the kind of doubt
+    auroc: float | None = None  # by which the doubts tell questions out of scope
 
     @property
     def item_scores(self) -> Tensor:

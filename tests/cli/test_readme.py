@@ -27,7 +27,7 @@ SMALLER = {
     "num_epochs=6": "num_steps=2",
     r"range\(6\)": "range(1)",
     r"range\(400\)": "range(40)",
-    r"seeds=\[0\],": "seeds=[0], num_steps=2,",
+    r"seeds=\[0\],\n    max": "seeds=[0],\n    num_steps=2, max",
     '"sst2"': '"facts"',
     "num_samples=400, warmup_steps=200": "num_samples=4, warmup_steps=2",
     'validate_every": 50': 'validate_every": 1',
@@ -52,12 +52,13 @@ def small(monkeypatch, model_dir, tmp_path):
         return tiny.bert(**sizes, num_labels=num_labels), padded
 
     def by_name(name, classes, seed):
-        return loaded(name, classes if classes == 2 else None)  # of reviews.csv
+        return loaded(name, classes if classes in (2, 24) else None)  # of reviews and of the desk
 
     monkeypatch.setattr(pyro_blora, "load_pretrained", loaded)
     monkeypatch.setattr(comparison, "load_for", by_name)
     words = [("soared", "positive"), ("sank", "negative")] * 30
     lines = [f"it {verb} {i} times,{label}" for i, (verb, label) in enumerate(words)]
+    Path("tutorials").symlink_to(ROOT / "tutorials")
     Path("reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
     peft.get_peft_model(loaded("", 2)[0], config).save_pretrained("my_lora")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pyro_blora.evaluation.comparison import Comparison
+from pyro_blora.data import load_task
+from pyro_blora.evaluation.comparison import Comparison, _digest
 from pyro_blora.evaluation.results import PREDICTED, Row
 from pyro_blora.inference import RATES
 
@@ -37,23 +38,38 @@ def test_the_figures_of_a_page_are_those_of_the_report(page):
     assert with_errors <= set(FIGURE.findall(REPORT))
 
 
-def test_the_readme_shows_what_its_program_printed():
-    """``compare(out=)`` wrote the results, whose settings are those of the program."""
-    readme, folder = (ROOT / "README.md").read_text("utf-8"), ROOT / "benchmarks/results/readme"
+def printed(folder):
+    """The comparison that ``compare(out=)`` wrote, and its settings."""
+    folder = ROOT / "benchmarks/results" / folder
     document = json.loads((folder / "results.json").read_text("utf-8"))
     tensors = load_file(folder / "predictions.safetensors")
     rows = [
         Row(**row, **{name: tensors[f"{k} {name}"] for name in PREDICTED})
         for k, row in enumerate(document["rows"])
     ]
-    assert Comparison(rows).to_markdown() in readme
+    return Comparison(rows), document["settings"]
+
+
+def test_a_page_shows_what_the_demo_printed():
+    table, settings = printed("demo")
+    page = (ROOT / "docs/own_data.md").read_text("utf-8")
+    assert table.to_markdown() in page
+    data = load_task(str(ROOT / "tutorials/desk"), max_validation=0)
+    assert settings["data"] == _digest((data.template, data.train, data.validation, data.test))
+    steps = settings["num_steps"]
+    assert f"num_steps={steps}," in page
+    assert f"--max-steps {steps} " in (ROOT / "Makefile").read_text("utf-8")
+
+
+def test_the_readme_shows_what_its_program_printed():
+    readme, (table, settings) = (ROOT / "README.md").read_text("utf-8"), printed("readme")
+    assert table.to_markdown() in readme
     said = r"wrong on (\d+) of its (\d+) answers .*?the draws on (\d+) of (\d+),"
     (counts,) = re.findall(said, readme, re.DOTALL)
-    lora, _, ours = Comparison(rows).columns()["wrong above 95 %"]
+    lora, _, ours = table.columns()["wrong above 95 %"]
     assert [lora, ours] == [" of ".join(counts[:2]), " of ".join(counts[2:])]
     (program,) = re.findall(r"^table = compare\(.*?^\)", readme, re.DOTALL | re.MULTILINE)
-    settings = document["settings"]
-    parts = [f'"{row.method}"' for row in rows] + [settings["network"], settings["task"]]
+    parts = [f'"{row.method}"' for row in table.rows] + [settings["network"], settings["task"]]
     parts += [f"{key}={settings[key]}," for key in ("max_train", "max_test")]
     assert [part for part in parts if part not in program] == []
 
