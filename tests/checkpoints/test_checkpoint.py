@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from pyro.infer.autoguide import AutoNormal, init_to_mean
+from safetensors.torch import load_file, save_file
 
 from pyro_blora import BayesianLoRA, checkpoints, load_pretrained
 from pyro_blora.checkpoints.checkpoint import read_tensors, write_tensors
@@ -248,3 +249,14 @@ def test_a_network_whose_layers_would_be_random_is_refused(tmp_path):
     load_network(str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"config\.json and a tokenizer"):
         load_pretrained(str(tmp_path))
+
+
+def test_a_new_head_is_no_news_but_a_random_layer_below_it_is(tmp_path, capfd):
+    tiny.bert().bert.save_pretrained(tmp_path)
+    load_network(str(tmp_path), num_labels=3)
+    assert "classifier" not in "".join(capfd.readouterr())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["pooler.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"no weights for bert\.pooler\.dense\.bias, which"):
+        load_network(str(tmp_path), num_labels=3)

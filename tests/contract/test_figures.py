@@ -56,9 +56,11 @@ def test_a_page_shows_what_the_demo_printed():
     assert table.to_markdown() in page
     data = load_task(str(ROOT / "tutorials/desk"), max_validation=0)
     assert settings["data"] == _digest((data.template, data.train, data.validation, data.test))
-    steps = settings["num_steps"]
-    assert f"num_steps={steps}," in page
-    assert f"--max-steps {steps} " in (ROOT / "Makefile").read_text("utf-8")
+    assert settings["outside"] == _digest(data.outside(ROOT / "tutorials/desk/outside.csv"))
+    steps, precision = settings["num_steps"], settings["precision"]
+    assert f'num_steps={steps},\n    precision="{precision}",' in page
+    command = " ".join((ROOT / "Makefile").read_text("utf-8").replace("\\\n", "").split())
+    assert f"--seeds 0 --max-steps {steps} --precision {precision} --out" in command
 
 
 def test_the_readme_shows_what_its_program_printed():

@@ -113,10 +113,18 @@ def test_a_head_has_the_classes_of_the_rows_if_their_likelihood_is_passed(encode
     assert row.probs.shape == (len(held), len(WORDS))
 
 
-def test_questions_out_of_scope_have_a_column_and_a_row_that_learned_nothing_a_mark(encoder):
+def test_questions_out_of_scope_have_a_column_and_a_row_that_learned_nothing_a_mark(
+    encoder, monkeypatch
+):
+    asked = []  # which doubt
+    scored = comparison.out_of_scope
+    monkeypatch.setattr(
+        comparison, "out_of_scope", lambda *of, by: asked.append(by) or scored(*of, by=by)
+    )
     outside = ["who are you", "what is it", *(f"and {k}" for k in range(20))]
     table = compare(str(encoder), ROWS, ["lora", "mean-field"], outside=outside, **SHORT)
     lora, field = table.rows
+    assert asked == ["entropy", "entropy"]
     columns = table.columns()
     found = [f"{100 * each.auroc:.1f}" for each in (lora, field)]
     assert columns["out of scope, AUROC %"] == found
