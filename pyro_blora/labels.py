@@ -1,16 +1,20 @@
-"""Labels of rows: class names, and the numbers that stand for them."""
+"""Rows: their labels, the names of classes, and questions with candidate answers.
 
-import functools
+A text is its own name, and a number has the name that the ``ClassLabel`` of a data set gives it.
+Names are looked up among those of the network's outputs; a number without a name is the place of an
+output. Numbers that nobody maps, as those of a loader, must number the classes as the outputs do.
+"""
+
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from pyro_blora.errors import DataError
 
-_LETTERS = (*"ABCDEFGH", *"abcdefgh")  # of options
 Kind = tuple[str, Callable[[Any], bool]]  # of the values in a column: in words, and their check
 
 
@@ -137,9 +141,6 @@ class Rows(tuple[Any, ...]):
         alike = features_of(other) == self.features
         return Rows([*self, *other], self) if alike else NotImplemented
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()}{self.features or ''}"
-
 
 def has_places(data: Any) -> bool:
     """Whether data have a length, and rows by their places, as streams have not."""
@@ -148,48 +149,39 @@ def has_places(data: Any) -> bool:
     return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
-def is_subset(rows: Any) -> bool:
-    """Whether ``rows`` are a ``torch.utils.data.Subset``, as ``random_split`` makes them."""
-    own = _gives_rows_as_they_are(rows)
-    return own and hasattr(rows, "indices") and hasattr(rows, "dataset")
-
-
-def _gives_rows_as_they_are(rows: Any) -> bool:
-    """Whether they are of a class of torch; a subclass may make other labels of those within."""
-    methods = (getattr(type(rows), name, None) for name in ("__getitem__", "__iter__"))
-    homes = {getattr(method, "__module__", "") for method in methods if method is not None}
-    return homes == {"torch.utils.data.dataset"}
-
-
 def parts_of(rows: Any) -> list[Any]:
-    """The data sets of which ``rows`` are subsets or concatenations, or rows as they are."""
-    while is_subset(rows):
-        rows = rows.dataset
-    parts = getattr(rows, "datasets", None) if _gives_rows_as_they_are(rows) else None
-    return [each for part in parts for each in parts_of(part)] if parts else [rows]
+    """The data sets of which ``rows`` are torch's subsets or concatenations, or they themselves."""
+    from torch.utils.data import ConcatDataset, Subset
+
+    if type(rows) is Subset:  # a subclass may make other labels
+        return parts_of(rows.dataset)
+    if type(rows) is ConcatDataset:
+        return [each for part in rows.datasets for each in parts_of(part)]
+    return [rows]
 
 
-def classes_of(rows: Any, column: str = "label") -> list[str]:
-    """The names that numbers have in the column of labels of a ``datasets.Dataset``, or none."""
+def classes_of(rows: Any, *columns: str) -> list[str]:
+    """The names of numbers in the first column of a ``datasets.Dataset`` that has any, or none.
+
+    By default the columns are ``label`` and ``labels``.
+    """
     parts = parts_of(rows)
-    kinds = [features_of(part).get(column) for part in parts]
-    every = [getattr(getattr(kind, "feature", kind), "names", None) for kind in kinds]  # or lists
-    if any(every) and any(_is_renumbered(part, column) for part in parts):
-        return []
-    if any(names != every[0] for names in every):
-        raise DataError(
-            f"The parts of a data set must number their classes alike, got {every[0]} and others."
-        )
-    return list(every[0] or ())
+    for column in columns or ("label", "labels"):
+        kinds = [features_of(part).get(column) for part in parts]
+        every = [getattr(getattr(kind, "feature", kind), "names", None) for kind in kinds]
+        if any(names != every[0] for names in every):
+            raise DataError(
+                "The parts of a data set must number their classes alike, got "
+                f"{every[0]} and others."
+            )
+        if every[0]:
+            return list(every[0])
+    return []
 
 
-def _is_renumbered(part: Any, column: str) -> bool:
-    """Whether a transform of a ``datasets.Dataset`` makes other numbers of those in a column."""
-    if column not in features_of(part) or getattr(part, "format", {}).get("type") != "custom":
-        return False
-    stored, few = part.with_format(None), range(0, len(part), len(part) // 64 + 1)
-    made = ((part[k].get(column), stored[k][column]) for k in few)
-    return any(label is not None and listed(label) != was for label, was in made)
+def is_transformed(rows: Any) -> bool:
+    """Whether a transform makes the rows of a ``datasets.Dataset``, and perhaps other numbers."""
+    return any(getattr(part, "format", {}).get("type") == "custom" for part in parts_of(rows))
 
 
 def listed(value: Any) -> Any:
@@ -203,21 +195,9 @@ def features_of(rows: Any) -> Mapping[str, Any]:
     return features if isinstance(features, Mapping) else {}
 
 
-def warn_of_lost_names(rows: Any, known: Sequence[str]) -> None:
-    """Warns if a stream of ``datasets`` no longer knows what numbers mean, though ``known`` do."""
-    if known and any(getattr(part, "features", {}) is None for part in parts_of(rows)):
-        warnings.warn(
-            "The data set is a stream whose columns have no types, so that numbers among its "
-            f"labels are read as places in {list(known)}. Pass features= to its map, so that a "
-            "ClassLabel keeps the names by which they are checked.",
-            stacklevel=7,
-        )
-
-
 def are_numbers(names: Iterable[Any]) -> bool:
     """Whether all names of classes are whole numbers, as such or as texts."""
-    plain = map(_plain, names)
-    return all(n.isdecimal() if isinstance(n, str) else isinstance(n, Integral) for n in plain)
+    return all(n.isdecimal() if isinstance(n, str) else isinstance(n, Integral) for n in names)
 
 
 def names_of(*tables: Any) -> list[str | int]:
@@ -233,13 +213,11 @@ def in_order(labels: Iterable[Any]) -> list[str | int]:
     """Different labels, sorted: all are texts, or whole numbers."""
     names: set[Any] = {name_of(label) for label in labels}
     kinds = {type(name): name for name in names}
-    if are_numbers(names):  # a file may have read some as texts
-        return sorted({*map(int, names)} if len(kinds) > 1 else names, key=int)
     if len(kinds) > 1:
         raise DataError(
             f"The labels must all be texts or numbers, got {kinds[str]!r} and {kinds[int]!r}."
         )
-    return sorted(names)
+    return sorted(names, key=int if are_numbers(names) else None)
 
 
 def name_of(label: Any, table_names: Sequence[str] = ()) -> str | int:
@@ -254,23 +232,17 @@ def name_of(label: Any, table_names: Sequence[str] = ()) -> str | int:
     return table_names[int(label)]
 
 
-@functools.lru_cache
-def _places(classes: tuple[str, ...]) -> dict[str, int]:
-    places = {name.casefold(): k for k, name in enumerate(classes)}
-    if len(places) < len(classes):  # which differ in their case alone
-        return {name: k for k, name in enumerate(classes)}
-    return places
-
-
-def place_of(name: str, classes: tuple[str, ...]) -> int | None:
+def place_of(name: str, classes: Sequence[str]) -> int | None:
     """The place of a class, whatever its case unless that tells it from another."""
-    places = _places(classes)
-    return places.get(name, places.get(name.casefold()))
+    if name in classes:
+        return classes.index(name)
+    places = {each.casefold(): k for k, each in enumerate(classes)}
+    return places.get(name.casefold())
 
 
 def check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool = False) -> None:
     """Refuses names in other places than in ``classes``; with ``unknown``, also other names."""
-    places = [place_of(name, tuple(classes)) for name in names]
+    places = [place_of(name, classes) for name in names]
     if any(p != k and (unknown or p is not None) for k, p in enumerate(places)):
         raise DataError(
             "A collator, or a data set whose numbers are read as they are, must number the classes "
@@ -280,42 +252,21 @@ def check_places(names: Sequence[str], classes: Sequence[str], *, unknown: bool 
 
 
 def check_choices(rows: Any) -> None:
-    """Refuses labels whose names are the first row's choices in another order, or other places."""
+    """Refuses labels whose names are the first row's choices in another order."""
     names = classes_of(rows)
-    if not names or not len(rows) or not isinstance(rows[0], Mapping):
-        return
-    choices = rows[0].get("choices", ())
-    if set(names) == set(choices):
-        check_places(names, choices)
-    elif choices and all(n.isdecimal() or n in _LETTERS for n in names):  # of places
-        starts = [0, 1] if len(names) == len(choices) else [0]  # from 1 unless some are missing
-        known = [[str(start + k) for k in range(len(names))] for start in starts]
-        known += [[chr(ord(letter) + k) for k in range(len(names))] for letter in "Aa"]
-        if names not in known:
-            check_places(names, known[0 if names[0].isdecimal() else -2], unknown=True)
+    if names and len(rows) and isinstance(rows[0], Mapping):
+        check_places(names, rows[0].get("choices") or names)
 
 
 def check_numbers(names: Sequence[str]) -> None:
-    """Refuses names that are other numbers than the labels, or numbers in alphabetical order."""
+    """Refuses names that are other numbers than the labels; warns of words in an alphabet."""
     for k, name in enumerate(names):
-        try:
-            is_other = float(name) != k
-        except ValueError:  # a word
-            continue
-        if is_other:
+        if name.isdecimal() and int(name) != k:
             raise DataError(
                 f"The labels must be numbers as they are, got a ClassLabel that has {k} for "
                 f"{name!r}; keep a column of the numbers, and encode a copy of it."
             )
-    if len(names) < 3 or [*names] != sorted(names):  # as an encoding of texts makes them
-        return
-    heads = [float(m[0]) for name in names if (m := re.match(r"-?\d+(\.\d+)?", name))]
-    if len(heads) == len(names) and heads != sorted(heads):
-        raise DataError(
-            f"The labels must be quantities in their order, got a ClassLabel of {list(names)}; "
-            "keep a column of the numbers, and encode a copy of it."
-        )
-    if len(heads) < len(names):
+    if len(names) > 2 and [*names] == sorted(names) and not are_numbers(names):
         warnings.warn(
             "The labels are quantities, and their names are in alphabetical order, "
             f"{list(names)}; if that is not theirs, make a column of numbers from the names.",
@@ -327,21 +278,99 @@ def label_of(
     label: Any, classes: Sequence[str] = (), table_names: Sequence[str] = (), where: str = ""
 ) -> int:
     """The place of a row's label among the classes, or its number if there are none."""
-    classes = tuple(classes)
-    if classes and None in (place_of(name, classes) for name in table_names):
-        raise DataError(
-            f"The column 'label' must number some of the classes {list(classes)}, got "
-            f"{list(table_names)}; spell them alike, or cast the column to int to number logits."
-        )
     label = name_of(label, table_names if classes or are_numbers(table_names) else ())
-    if any(re.fullmatch(r"-?[\d.]+", name) for name in classes):
-        label = str(label)  # 1 is then the name "1", wherever that stands
-    if isinstance(label, int) or (label.isdecimal() and not classes):
+    named = any(re.fullmatch(r"-?[\d.]+", name) for name in classes)
+    if are_numbers([label]) and not named:  # otherwise 1 is the name "1", wherever that stands
         return int(label)
-    if (place := place_of(label, classes)) is None:
+    if (place := place_of(str(label), classes)) is None:
         expected = f"one of the classes {list(classes)}" if classes else "the number of a logit"
         raise DataError(
             f"A label must be {expected}, got {label!r}{where}; spell it as in training, or leave "
             "it out."
         )
     return place
+
+
+FORMAT = '{"id": "a-1", "question": "...", "choices": ["...", "..."], "label": 0}'
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question, its candidate answers (two or more) and the index of the right one.
+
+    The question is plain text without a prompt; ``id`` names the item in its data set.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    label: int
+
+    def __post_init__(self) -> None:
+        where = f" in {self!r:.300}"
+        if not isinstance(self.choices, tuple) or len(self.choices) < 2:
+            raise DataError(f"choices must be two answers or more, got {self.choices!r}{where}")
+        for text in (self.id, self.question, *self.choices):
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"id, question and choices must be texts, got {text!r}{where}")
+        last = len(self.choices) - 1
+        if type(self.label) is not int or not 0 <= self.label <= last:
+            raise DataError(f"label must be an integer from 0 to {last}, got {self.label!r}{where}")
+
+
+def item_of(record: Any, defaults: dict[str, Any]) -> Item:
+    """The item of a dictionary, whose missing keys are taken from ``defaults``."""
+    if isinstance(record, Item):
+        return record
+    try:
+        record = {**defaults, **record}
+        choices, label = listed(record["choices"]), listed(record["label"])
+        choices = tuple(choices) if isinstance(choices, list) else choices
+        return Item(str(record["id"]), record["question"], choices, label)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"an item must be {FORMAT}, got {record!r:.300} ({error!r})") from None
+
+
+@dataclass(frozen=True)
+class Template:
+    r"""A prompt and a way of scoring the answers.
+
+    With ``scoring="options"`` each choice is scored by its log-likelihood as the text
+    ``" " + choice`` after the prompt. With ``scoring="labels"`` the answer is a softmax over the
+    tokens of ``label_words`` at the prompt's last position, in the order of the item's choices.
+
+    In ``prompt``, ``{q}`` stands for the question. Each of ``label_words`` has its leading space.
+    """
+
+    prompt: str
+    scoring: Literal["options", "labels"]
+    label_words: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if "{q}" not in self.prompt:
+            raise DataError(f"the prompt {self.prompt!r} has no {{q}}: say where the question goes")
+
+    def format(self, item: Item) -> str:
+        """The prompt of one item, without an answer."""
+        return self.prompt.replace("{q}", item.question)
+
+
+QUESTION = Template("Question: {q}\nAnswer:", "options")
+
+_TEMPLATES = {
+    "sst2": Template(
+        "Review: {q}\nSentiment (negative or positive):", "labels", (" negative", " positive")
+    ),
+    "ag_news": Template(
+        "Article: {q}\nTopic (world, sports, business or technology):",
+        "labels",
+        (" world", " sports", " business", " technology"),
+    ),
+    # the questions end with a question mark, and the choices are ("false", "true")
+    "boolq": Template("Question: {q}\nAnswer (yes or no):", "labels", (" no", " yes")),
+}
+
+
+def template_for(task: str) -> Template:
+    """The template of a task, with label words for ``sst2``, ``ag_news`` and ``boolq``."""
+    return _TEMPLATES.get(task, QUESTION)

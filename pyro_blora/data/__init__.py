@@ -3,7 +3,7 @@
 from pyro_blora.data.hub import read_hub
 from pyro_blora.data.task import Task, load_task
 from pyro_blora.errors import DataError
-from pyro_blora.items import Item, Template, template_for
+from pyro_blora.labels import Item, Template, template_for
 
 __all__ = [
     "DataError",

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_blora.data.tables import check_sized
 from pyro_blora.errors import BatchError, ConfigurationError, check_count
-from pyro_blora.items import Item
-from pyro_blora.labels import parts_of
+from pyro_blora.labels import Item, parts_of
 from pyro_blora.likelihoods import Batch, Collate
 from pyro_blora.network.pretrained import choose_precision, usual_device
 from pyro_blora.posterior.bayesian_lora_model import to_device

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pyro_blora.errors import DataError, first_line, near_miss
-from pyro_blora.items import Item
+from pyro_blora.labels import Item
 
 _Record = Mapping[str, Any]
 _Parts = tuple[str, tuple[str, ...], int]  # the question, choices and label of an Item

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from pyro_blora.data.tables import check_sized, read_table
 from pyro_blora.errors import ConfigurationError
-from pyro_blora.items import Item
+from pyro_blora.labels import Item
 from pyro_blora.likelihoods import Likelihood
 from pyro_blora.likelihoods._likelihood import Collate
 from pyro_blora.likelihoods._prompts import is_from

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from pyro_blora.items import Item
-from pyro_blora.labels import listed
+from pyro_blora.labels import Item, listed
 
 _TEXTS = ("text", "text_pair", "prompt", "completion", "tokens")
 _LABELS = ("label", "labels", "id", "idx")  # which do not tell whether two rows are of one text

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pyro_blora.errors import DataError, first_line, near_miss
-from pyro_blora.items import FORMAT, Item, item_of
 from pyro_blora.labels import (
+    FORMAT,
+    Item,
     check_choices,
     check_rows,
     classes_of,
     has_places,
     is_list,
-    is_subset,
+    item_of,
     name_of,
     names_of,
 )
@@ -35,9 +36,10 @@ def read_table(data: Any) -> Any:
         return _read_file(Path(data))
     if type(data).__module__.partition(".")[0] == "pandas":
         return data.to_dict("records")
-    if is_subset(data):
-        within = read_table(data.dataset)
-        return data if within is data.dataset else type(data)(within, data.indices)
+    from torch.utils.data import Subset  # not at the top, as the commands' help waits
+
+    if type(data) is Subset:  # as random_split makes them
+        return Subset(read_table(data.dataset), data.indices)
     tensors = getattr(data, "format", {}).get("type") if hasattr(data, "with_format") else None
     if tensors not in (None, "custom") and "input_ids" not in data.column_names:
         shown = {name: data.format[name] for name in ("columns", "output_all_columns")}

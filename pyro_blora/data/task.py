@@ -12,8 +12,7 @@ from pyro_blora.data.hub import hub_splits, read_hub
 from pyro_blora.data.splits import chosen, first, keys_of
 from pyro_blora.data.tables import FILES, SPLITS, are_items, items_of, read_table, splits_in
 from pyro_blora.errors import DataError
-from pyro_blora.items import QUESTION, Item, Template, item_of, template_for
-from pyro_blora.labels import Rows
+from pyro_blora.labels import QUESTION, Item, Rows, Template, item_of, template_for
 
 if TYPE_CHECKING:
     from torch import nn

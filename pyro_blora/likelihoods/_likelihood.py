@@ -24,9 +24,9 @@ from pyro_blora.labels import (
     check_places,
     checked_labels,
     classes_of,
-    warn_of_lost_names,
+    has_places,
 )
-from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, choices_of, is_from
+from pyro_blora.likelihoods._prompts import NumberCollator, PromptCollator, is_from
 from pyro_blora.likelihoods.reading import in_single_precision
 from pyro_blora.network.targets import kind_of_head
 from pyro_blora.options import Options
@@ -162,7 +162,7 @@ class Likelihood(Options, PyroModule):
         self, rows: Any, collate: Collate | None, net: nn.Module, *, training: bool
     ) -> None:
         """Checks the data set and the collator of a loader, whose rows are not read beforehand."""
-        if isinstance(collate, PromptCollator) and hasattr(rows, "__len__"):
+        if isinstance(collate, PromptCollator) and has_places(rows):
             check_choices(rows)
         self._examine(rows, collate, training)
 
@@ -170,20 +170,13 @@ class Likelihood(Options, PyroModule):
         """Refuses numbers whose names are other numbers or in another order, also of a loader."""
         ours = is_from(collate, "pyro_blora.", "transformers.", "torch.")  # others read labels
         # the choices of a prompt say what the labels number, whatever names these have
-        keeps_names = "data_names" in self.options() and not isinstance(collate, PromptCollator)
-        if not ours or not (self.labels_count or keeps_names):
+        if not ours or isinstance(collate, PromptCollator):
             return
-        columns = (classes_of(rows, name) for name in ("label", "labels"))
-        names: Sequence[str] = next(filter(None, columns), [])
-        # a ClassificationCollator gives texts the places of its own classes
-        given: Sequence[str] = () if names else getattr(collate, "classes", ())
-        if isinstance(collate, NumberCollator) and not (names or given):
-            names = choices_of(rows)
+        names = classes_of(rows)
         if self.labels_count:
             check_numbers(names)
-        if keeps_names:
-            warn_of_lost_names(rows, self.data_names)
-            self.check_names(names or given, training)
+        if "data_names" in self.options():
+            self.check_names(names or getattr(collate, "classes", ()), training)
 
     def check_names(self, names: Sequence[str], training: bool) -> None:
         """Refuses names of numbers in another order than in training, which keeps them."""

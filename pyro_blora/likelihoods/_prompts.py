@@ -9,8 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import DataError
-from pyro_blora.items import QUESTION, Item, Template, item_of
-from pyro_blora.labels import has_places, parts_of
+from pyro_blora.labels import QUESTION, Item, Template, item_of
 
 
 def items_in(rows: Any, labeled: bool = False) -> tuple[list[Item], bool]:
@@ -21,29 +20,6 @@ def items_in(rows: Any, labeled: bool = False) -> tuple[list[Item], bool]:
     if not labeled and any(isinstance(row, Item) or "label" in row for row in every):
         raise DataError("All rows must have a label, or none, got none in row 0; add it.")
     return [item_of(row, {"id": f"row {k}", **some}) for k, row in enumerate(every)], labeled
-
-
-def choices_of(rows: Any, *, of_dictionaries: bool = False) -> list[str]:
-    """The choices of the items in the data set of a loader, which must be the same, or none.
-
-    A :class:`PromptCollator` reads those ``of_dictionaries``, too.
-    """
-    found: dict[tuple[str, ...], None] = {}
-    for part in parts_of(rows):
-        is_sized = has_places(part) and hasattr(part, "__getitem__")
-        read = (
-            part if isinstance(part, list | tuple) else [part[0]] if is_sized and len(part) else ()
-        )
-        found |= dict.fromkeys(row.choices for row in read if isinstance(row, Item))
-        if of_dictionaries:
-            rows_read = (row for row in read if isinstance(row, Mapping) and "choices" in row)
-            found |= dict.fromkeys(tuple(row["choices"]) for row in rows_read)
-    if len(found) > 1:
-        raise DataError(
-            "The items of a DataLoader must have the same choices in the same order, got "
-            f"{' and '.join(map(str, [*found][:2]))}; pass the items themselves."
-        )
-    return list(next(iter(found), ()))
 
 
 class PromptCollator:

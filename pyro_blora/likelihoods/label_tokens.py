@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.items import Item, Template
+from pyro_blora.labels import Item, Template, has_places
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import PromptCollator, choices_of
+from pyro_blora.likelihoods._prompts import PromptCollator, items_in
 from pyro_blora.likelihoods.reading import check_causal, logits_at
 from pyro_blora.network.targets import head_of
 
@@ -67,13 +67,11 @@ class LabelTokens(Likelihood):
             )
 
     def _examine(self, rows: Any, collate: Collate | None, training: bool) -> None:
-        """Refuses choices in another order than in training, or than those of other rows.
-
-        The collator compares rows, too, but each worker of a loader has its own.
-        """
+        """Refuses choices in another order than in training; the collator compares the rows."""
         super()._examine(rows, collate, training)
-        if isinstance(collate, LabelTokensCollator) and not collate.letters:
-            self.check_names(choices_of(rows, of_dictionaries=True), training)
+        if isinstance(collate, LabelTokensCollator) and not collate.letters and has_places(rows):
+            for item in items_in([rows[0]])[0] if len(rows) else ():
+                self.check_names(item.choices, training)
 
     def logits(self, net: nn.Module, batch: Batch) -> Tensor:
         """The logits of the answer tokens at the prompt's last token, ``(B, C)``."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyro_blora.errors import BatchError, DataError
-from pyro_blora.items import Item
+from pyro_blora.labels import Item
 from pyro_blora.likelihoods._likelihood import Batch, Likelihood
 from pyro_blora.likelihoods._prompts import PromptCollator
 from pyro_blora.likelihoods.packing import in_rows, supports_packing

@@ -12,23 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from pyro_blora.errors import ConfigurationError, DataError
-from pyro_blora.items import Item
 from pyro_blora.labels import (
     A_CLASS,
+    Item,
     are_numbers,
     check_places,
     checked_labels,
     classes_of,
-    features_of,
     first_rows,
     in_order,
+    is_transformed,
     label_of,
     names_of,
     place_of,
-    warn_of_lost_names,
 )
 from pyro_blora.likelihoods._likelihood import Batch, Collate, Likelihood
-from pyro_blora.likelihoods._prompts import NumberCollator, choices_of, is_from
+from pyro_blora.likelihoods._prompts import NumberCollator, is_from
 from pyro_blora.likelihoods.reading import head_logits
 from pyro_blora.network.targets import CLASS, logit_names
 
@@ -65,16 +64,11 @@ class ClassificationCollator(NumberCollator):
 
     def __call__(self, rows: Sequence[Item | Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of a list of rows."""
-        return super().__call__([self._row_of(r) if isinstance(r, Item) else r for r in rows])
+        return super().__call__([_row_of(r) if isinstance(r, Item) else r for r in rows])
 
     def labels(self, rows: Sequence[Any]) -> Tensor:
         """The places of the rows' classes, ``(B,)``."""
         return torch.tensor([label_of(row["label"], self.classes, self.data_names) for row in rows])
-
-    def _row_of(self, item: Item) -> dict[str, Any]:
-        choice = item.choices[item.label]
-        named = self.classes or choice.isdecimal()
-        return {"text": item.question, "label": choice if named else item.label}
 
 
 class SequenceClassification(Likelihood):
@@ -87,10 +81,8 @@ class SequenceClassification(Likelihood):
     Args:
         num_data: number of training examples.
         classes: the names of the classes, in the order of the logits; an empty tuple if they are
-            numbers. Default: ``fit`` takes those of the network or of the rows, if labels are
-            texts.
-        data_names: names that the numbers of a head without names had in a data set. Data that
-            number them otherwise are refused. Default: ``fit`` takes those of the training data.
+            numbers. Default: ``fit`` takes those of the network, or of the data if its labels have
+            names.
 
     A batch has ``input_ids`` and ``attention_mask`` (``B x T``), any other arguments of the
     network, and ``labels`` (``B``). Rows have ``text``, ``text_pair`` if there is a second one,
@@ -109,15 +101,10 @@ class SequenceClassification(Likelihood):
     label_columns: ClassVar[tuple[str, ...]] = ("label", "labels")  # which may name the classes
 
     def __init__(
-        self,
-        *,
-        num_data: int | None = None,
-        classes: Sequence[str] | None = None,
-        data_names: Sequence[str] = (),
+        self, *, num_data: int | None = None, classes: Sequence[str] | None = None
     ) -> None:
         super().__init__(num_data=num_data)
         self.classes = None if classes is None else tuple(classes)
-        self.data_names = tuple(data_names)
 
     def check_network(self, net: nn.Module) -> None:
         """Raises ConfigurationError unless ``net`` is a classifier with one class per row."""
@@ -145,13 +132,11 @@ class SequenceClassification(Likelihood):
     def keep_head(self, net: nn.Module) -> None:
         """The classes are those that the network names, or else numbers; their order is fixed."""
         super().keep_head(net)
-        self.classes = self.classes or logit_names(net)
+        self.settle_classes(net)
 
     def settle_classes(self, net: nn.Module) -> None:
         """From now on a head without names of its classes is one of numbers of its logits."""
-        self.classes = self.classes or ()
-        if not self.classes:  # another base may not name its logits
-            self.data_names = self.data_names or logit_names(net)
+        self.classes = self.classes or logit_names(net)
 
     def read(
         self, rows: Any, collate: Collate | None, net: nn.Module, *, labeled: bool, training: bool
@@ -159,43 +144,36 @@ class SequenceClassification(Likelihood):
         """The collator, which numbers the classes as the logits do; it checks the rows, too.
 
         A collator of transformers and a :class:`ClassificationCollator` get the numbers of the
-        logits for names and for numbers that have names in the data set. A training on rows names
-        the classes, unless they have names already: as the network does, or else as the rows do.
+        logits for names and for numbers that have names in the data set. What a transform or
+        another collator numbers is read as it is.
         """
-        ours = collate if isinstance(collate, ClassificationCollator) else None
         first: Any = rows[0]
-        row: Mapping[str, Any] = first if isinstance(first, Mapping) else {}
-        encoded, is_item = "input_ids" in row, isinstance(first, Item)
+        row, is_item = first if isinstance(first, Mapping) else {}, isinstance(first, Item)
+        encoded, column = "input_ids" in row, "label"
+        if "labels" in row and "label" not in row:
+            column = "labels"
         theirs = encoded and is_from(collate, "transformers.", "torch.")
-        if collate is None or not (ours or theirs):
-            return collate  # which reads the labels by itself
-        column = "labels" if "labels" in row and "label" not in row else "label"
-        stored, names = features_of(rows), classes_of(rows, column)
-        # a transform makes labels without names, perhaps by other numbers than those of a column
-        transformed = not ours and stored and column in row and column not in stored
-        doubted = classes_of(rows) or classes_of(rows, "labels") if transformed else []
-        self._check_order((), doubted, net)
-        exact = theirs or type(collate) is ClassificationCollator  # others may read other columns
-        labels: list[Any] = []
+        ours = collate if type(collate) is ClassificationCollator else None
+        if collate is None or not (ours or theirs) or (classes_of(rows) and is_transformed(rows)):
+            self.check_loader(rows, collate, net, training=training)
+            return collate
+        names, own = classes_of(rows, column), first.choices if is_item else ()
         if is_item:
-            labels = [rows[k].choices[rows[k].label] for k in range(len(rows))]
-        elif exact and not encoded:
+            labels: list[Any] = [_row_of(rows[k])["label"] for k in range(len(rows))]
+        elif ours and not encoded:
             labels = checked_labels(rows, labeled or column in row, A_CLASS, "text")
-        elif exact and (names or column == "label"):
+        elif column == "labels" and not names:  # which transformers reads as they are
+            return collate
+        else:
             labels = checked_labels(rows, labeled or column in row, A_CLASS, column=column)
-        given, own = ours.classes if ours else (), first.choices if is_item else ()
+        given = ours.classes if ours else ()
         classes, _ = self.outputs(net, given, first_rows(labels), names, own, training=training)
-        if training:
-            self.data_names = self.data_names or tuple(doubted)
-        names = names if classes or _are_logits(names, net) else []
         if ours:
             return ours.named(classes, names)
-        if not (isinstance(row.get(column), str) or names or (classes and column == "label")):
-            return collate
 
         def numbered(part: list[Any]) -> Any:
             if column in part[0]:
-                labels = [label_of(row[column], classes or (), names) for row in part]
+                labels = [label_of(row[column], classes, names) for row in part]
                 # a second column of labels would take the place of this one
                 plain = [{n: row[n] for n in row if n not in ("label", "labels")} for row in part]
                 part = [{**row, column: k} for row, k in zip(plain, labels, strict=True)]
@@ -212,39 +190,35 @@ class SequenceClassification(Likelihood):
         own: Sequence[str] = (),
         *,
         training: bool,
-    ) -> tuple[tuple[str, ...] | None, int]:
-        """The names of the network's outputs, if they are known, and the number of outputs.
+    ) -> tuple[tuple[str, ...], int]:
+        """The names of the network's outputs, if they have any, and the number of outputs.
 
         They are those of this likelihood, or else those ``given`` by a collator, those of the
         network, or those of the rows: their ``own``, what numbers mean there (``names``), or their
-        ``labels`` in order, each with a row to name. With numbers as classes there are none.
+        ``labels`` in order, each with a row to name. A training keeps them.
         """
-        self._check_order(given, (), net)
-        classes = self.classes or given or self.classes
-        if classes is None and self.by_numbers and not (training or logit_names(net)):
-            classes = ()  # rather than the rows' order
-        if classes is None and (own or names or labels):
+        classes = self._known(net, given)
+        numbered = self.classes == () or (self.by_numbers and not training)
+        if numbered and not classes:
+            if not are_numbers(labels):
+                self._refuse_names(next(iter(labels)))
+            if self.trained_head:
+                check_places(names, [*map(str, range(len(names)))])
+            if training and not are_numbers(names):
+                classes = tuple(names)
+        elif not classes and (own or names or labels):
             classes = class_names(net, own or names or in_order(labels))
-        elif classes == () and not are_numbers(labels):
-            classes = self._names_of_numbers(net, next(iter(labels)))
-        elif classes == ():  # a number stays one, but a text is a name
-            known = logit_names(net)
-            numbers = [*map(str, range(len(names)))] if self.trained_head else []
-            check_places(names, known or self.data_names or numbers)
-            if are_numbers(known) and (names or any(isinstance(label, str) for label in labels)):
-                classes = known
         if classes:
             class_names(net, classes)  # refuses more than there are outputs
-        count = len(classes or ()) or _num_labels(net)
+        count = len(classes) or _num_labels(net)
         for label, k in labels.items():  # now, not in the batch in which it comes
-            if (place := label_of(label, classes or (), names, f" in row {k}")) >= count:
+            if (place := label_of(label, classes, names, f" in row {k}")) >= count:
                 raise DataError(
                     f"A label must number the {count} logits from 0, got {place} in row {k}; name "
                     f"the classes as texts, or load the network with num_labels={place + 1}."
                 )
         if training:
-            kept = names if classes == () and not _are_logits(names, net) else ()
-            self.classes, self.data_names = classes, self.data_names or tuple(kept)
+            self.classes = classes
         return classes, count
 
     def check_loader(
@@ -252,60 +226,40 @@ class SequenceClassification(Likelihood):
     ) -> None:
         """Refuses a loader whose batches number the classes otherwise than the logits do."""
         ours = collate if isinstance(collate, ClassificationCollator) else None
-        given = ours.classes if ours else ()
-        names = next(filter(None, (classes_of(rows, name) for name in self.label_columns)), [])
-        if ours and not given and (choices := choices_of(rows)):
-            # it reads a choice that is a number as the place of a logit
-            count = max(map(int, choices)) + 1 if are_numbers(choices) else 0
-            names = [*map(str, range(count))] or choices
+        given, names = ours.classes if ours else (), list[str]()
         plain = collate is None or is_from(collate, "transformers.", "torch.")
-        if plain or (ours and not ours.data_names):
-            warn_of_lost_names(rows, given or self.classes or logit_names(net) or self.data_names)
-        else:
-            names = []  # the collator reads labels by itself
-        if given and names:  # numbers are read as they are, or as names that are numbers
-            read = [given[label_of(k, given)] for k in range(len(names))]
-            check_places(names, read, unknown=True)
-        self._check_order(given, names, net)
-        if not training:
-            return
-        if self.classes is None and (given or names):
-            class_names(net, given or names)  # refuses another number of them than of outputs
-        if given:
-            self.classes = self.classes or given
-        elif self.classes is None and names and {*names} <= {*logit_names(net)}:
-            self.classes = logit_names(net)
-        elif self.classes is None and not _are_logits(names, net):
-            self.classes = tuple(names)
-        elif self.classes == () and not _are_logits(names, net):
-            self.data_names = self.data_names or tuple(names)
+        if plain or (ours and not ours.data_names):  # others read labels by themselves
+            names = classes_of(rows, *self.label_columns)
+        if given:  # the collator reads numbers as they are, or as names that are numbers
+            check_places(names, [given[label_of(k, given)] for k in range(len(names))])
+        known = self._known(net, given)
+        numbers = _are_logits(names, net) and not {*names} <= {*known}
+        places = tuple(map(str, range(len(names)))) if numbers else known
+        check_places(names, places, unknown=bool(places))
+        if training and (given or names):
+            classes = class_names(net, given or names)  # refuses another number of them
+            self.classes = known or classes or self.classes
 
-    def _check_order(self, given: Sequence[str], names: Sequence[str], net: nn.Module) -> None:
-        """Refuses classes of a collator, or names of numbers, in another order than the logits."""
-        known = logit_names(net) if self.classes is None else self.classes
-        if _are_logits(given, net) and not self.classes:
-            own = logit_names(net)
-            places = own if are_numbers(own) else ()
-            if not places and (own or self.classes == () or self.by_numbers):  # a number is one
-                places = tuple(map(str, range(max(map(int, given), default=-1) + 1)))
-            check_places(given, places or given)
-            given = ()
+    def _known(self, net: nn.Module, given: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of the outputs by this likelihood, a collator or the network, if any."""
+        known = self.classes or logit_names(net)
         if not self.classes and None in [place_of(name, known) for name in given]:
-            known = tuple(given) if self.classes is None else self._names_of_numbers(net, given[0])
+            if self.classes is not None:
+                self._refuse_names(given[0])
+            return given
         check_places(given, known, unknown=True)
-        if not self.classes and _are_logits(names, net) and not {*names} <= {*known}:
-            known = tuple(map(str, range(len(names))))
-        check_places(names, known or logit_names(net) or self.data_names, unknown=bool(known))
+        return known
 
-    def _names_of_numbers(self, net: nn.Module, name: Any) -> tuple[str, ...]:
-        """The network's names for a head that was trained on numbers; ``name`` is given."""
-        if names := logit_names(net):
-            return names
+    def _refuse_names(self, name: Any) -> None:
         raise ConfigurationError(
             "The classes of a head that was trained on numbers must have names before labels can "
             f"be texts, got {name!r}; pass likelihoods.{type(self).__name__}(classes=[...]), in "
             "the order in which the head was trained."
         )
+
+
+def _row_of(item: Item) -> dict[str, Any]:
+    return {"text": item.question, "label": item.choices[item.label]}
 
 
 def _num_labels(net: nn.Module) -> int:
@@ -324,11 +278,10 @@ def class_names(net: nn.Module, names: Sequence[str | int]) -> tuple[str, ...]:
         return () if are_numbers(names) else tuple(map(str, names))
     count, known = int(config.num_labels), logit_names(net)
     given = tuple(str(config.id2label[k]) for k in range(count))  # perhaps LABEL_0, ...
-    if {str(name).casefold() for name in names} <= {name.casefold() for name in given}:
+    if None not in [place_of(str(name), given) for name in names]:
         return given
     if _are_logits(names, net):
-        fits = isinstance(names[0], str) and len(names) == count and not known
-        return tuple(map(str, sorted(names, key=int))) if fits else ()
+        return ()
     if len(names) > count or (len(names) < count and not known):
         least = max(map(int, names)) + 1 if isinstance(names[0], int) else len(names)
         raise ConfigurationError(

@@ -32,7 +32,7 @@ from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
 from pyro_blora.errors import CheckpointError, ConfigurationError, DataError
 from pyro_blora.inference import bayesianize
-from pyro_blora.items import Item
+from pyro_blora.labels import Item
 from pyro_blora.likelihoods import ClassificationCollator, SequenceClassification
 
 AS_NEG_POS = r"classes as \['neg', 'pos'\], got \['pos', 'neg'\]"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import DataError, Item
-from pyro_blora.items import Template, template_for
+from pyro_blora.labels import Template, template_for
 from pyro_blora.likelihoods import (
     LabelTokens,
     LabelTokensCollator,
