@@ -26,13 +26,11 @@ from classifiers import (
 from pyro.infer import SVI
 from pyro.optim import SGD
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
 
 from pyro_blora import BayesianLoRA, fit
 from pyro_blora.data import load_task
 from pyro_blora.errors import CheckpointError, ConfigurationError, DataError
 from pyro_blora.inference import bayesianize
-from pyro_blora.labels import Item
 from pyro_blora.likelihoods import ClassificationCollator, SequenceClassification
 
 AS_NEG_POS = r"classes as \['neg', 'pos'\], got \['pos', 'neg'\]"
@@ -42,17 +40,15 @@ REFUSED = (ConfigurationError, DataError)
 @pytest.mark.parametrize(
     ("names", "trained", "collator", "expected"),
     [
-        (NEG_POS, "labels alone", "padding", NEG_POS),
-        (NEG_POS, "data", "ours, neg pos", NEG_POS),
         (NEG_POS, "data", "ours", NEG_POS),
-        (NEG_POS, "loader of numbers", None, ()),
+        (NEG_POS, "loader of numbers", None, NEG_POS),
         (("bad", "good"), "rows", "ours, pos neg", POS_NEG),  # the head was of other classes
         (None, "rows", "ours", NEG_POS),
         (None, "data", "ours", POS_NEG),
-        (None, "labels", None, POS_NEG),
         (None, "loader", None, POS_NEG),
         (None, "loader with other names", None, POS_NEG),
-        (None, "transformed", None, ()),
+        (None, "transformed", None, POS_NEG),
+        (None, "numbers", None, ()),
     ],
 )
 def test_a_training_names_the_classes(names, trained, collator, expected, small, forms, collators):
@@ -62,40 +58,23 @@ def test_a_training_names_the_classes(names, trained, collator, expected, small,
     assert collate is None or collators["ours"].classes == ()
 
 
-def test_numbers_that_a_transform_makes_are_read_as_they_are(small, forms):
-    """Also where it puts them into the column whose numbers had names."""
-    for turn in (0, 1):
-        made = forms["data"].with_transform(
-            lambda rows, turn=turn: {
-                **small(rows["text"]),
-                "label": [abs(turn - k) for k in rows["label"]],
-            }
-        )
-        assert labels_of(adapter(small, NEG_POS), made) == IN_ORDER
-
-
 @pytest.mark.parametrize(
     ("names", "trained", "read", "collator", "expected"),
     [
         (NEG_POS, None, "data", None, IN_ORDER),
         (NEG_POS, None, "data", "ours, neg pos", IN_ORDER),
         (NEG_POS, None, "encoded", None, IN_ORDER),
-        (NEG_POS, None, "labels", None, IN_ORDER),
-        (NEG_POS, None, "both columns", "padding", IN_ORDER),
-        (NEG_POS, None, "both columns", "transformers", IN_ORDER),
-        (NEG_POS, None, "one length", "transformers", IN_ORDER),
+        (NEG_POS, None, "labels alone", "padding", IN_ORDER),
         (NEG_POS, None, "tensors", "torch", IN_ORDER),
         (NEG_POS, None, "digits", None, IN_ORDER),
-        (NEG_POS, None, "transformed without names", None, IN_ORDER),
-        (NEG_POS, None, "stored", None, IN_ORDER),
+        (NEG_POS, "loader of numbers", "encoded", None, IN_ORDER),
         (POS_NEG, None, "transformed", None, IN_ORDER),  # the table has the order of the network
-        (None, "rows", "rows", "ours", IN_ORDER),
+        (("POS", "Neg"), None, "loader", None, TURNED),
         (None, "rows", "data", "ours", IN_ORDER),
         (None, "data", "rows", None, TURNED),
         (None, "loader", "one class", None, [1] * 6),
         # numbers without names remain what they are after a training on numbers
-        (POS_NEG, "loader of numbers", "encoded", "padding", TURNED),
-        (None, "loader of numbers", "encoded", None, TURNED),
+        (None, "loader of numbers", "encoded", "padding", TURNED),
         (None, "loader of numbers", "encoded", "a function", TURNED),
     ],
 )
@@ -104,30 +83,19 @@ def test_labels_are_read_by_their_names(
 ):
     blora = adapter(small, names, forms.get(trained), num_labels=2)
     assert labels_of(blora, forms[read], collators[collator]) == expected
-    if not isinstance(forms[read], DataLoader):
-        data, collate = blora.reading(forms[read], collators[collator])
-        assert collate([data[k] for k in range(len(data))])["labels"].tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("names", "trained", "read", "collator", "match"),
     [
-        (NEG_POS, "labels alone", "loader of labels", None, "must number the classes as"),
-        (NEG_POS, "data", "loader of texts", None, "must number the classes as"),
-        (NEG_POS, "encoded", "loader", None, AS_NEG_POS),
-        (NEG_POS, "loader of numbers", "encoded", None, AS_NEG_POS),
-        (NEG_POS, "loader of numbers", "data", None, AS_NEG_POS),
-        (NEG_POS, "loader of numbers", "loader", None, AS_NEG_POS),
-        (NEG_POS, "loader of numbers", "another name", None, r"got \['pos', 'negative'\]"),
-        (NEG_POS, None, "transformed", None, "read as they are, must number the classes"),
-        (NEG_POS, None, "subset of transformed", None, "read as they are, must number"),
-        (POS_NEG, None, "transformed and joined", None, "must number the classes"),
+        (NEG_POS, "data", "loader", None, AS_NEG_POS),
+        (NEG_POS, None, "transformed", None, AS_NEG_POS),
+        (NEG_POS, None, "loader with other names", None, AS_NEG_POS),
+        (("odd", "pos", "neg"), None, "loader", None, "must number the classes as"),
+        (("US", "us"), None, "loader", None, "must number the classes as"),
         (None, "rows", "rows", "ours, pos neg", AS_NEG_POS),
-        (None, "rows", "data", "ours, pos neg", AS_NEG_POS),
-        (None, "rows", "loader with other names", "ours, pos neg", AS_NEG_POS),
-        (None, "rows", "another name", None, "spell them alike, or cast the column to int"),
-        (None, "transformed", "numbered anew", None, "must number the classes"),
         (None, "loader of numbers", "rows", None, "trained on numbers must have names"),
+        (None, "loader of numbers", "rows", "ours, pos neg", "trained on numbers must have names"),
     ],
 )
 def test_labels_in_another_order_are_refused(
@@ -138,70 +106,95 @@ def test_labels_in_another_order_are_refused(
         labels_of(blora, forms[read], collators[collator])
 
 
+def test_numbers_of_named_logits_mean_the_same_on_a_base_without_names(small, tmp_path):
+    trained = adapter(small, NAMES, NUMBERS)
+    trained.save_pretrained(tmp_path / "own")
+    trained.export_peft(tmp_path / "peft")
+    net, data = trained.unwrap(), datasets.Dataset.from_list(NUMBERS)
+    net.config.id2label = classifier(small).config.id2label
+    for read, name in (("from_pretrained", "own"), ("from_peft", "peft")):
+        blora = getattr(BayesianLoRA, read)(net, tmp_path / name, tokenizer=small)
+        assert labels_of(blora, relabeled(data, NAMES)) == [0, 1, 2] * 4
+        assert labels_of(blora, relabeled(data, NAMES[::-1])) == [2, 1, 0] * 4
+        blora.unwrap()
+
+
+@pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which knows nothing, because it is random
+def test_the_order_of_a_trained_head_is_never_guessed(lora, small, tmp_path):
+    task, net = load_task(ROWS * 3), classifier(small)
+    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
+    for rows, collate in (
+        (ROWS, None),
+        (task.test, None),
+        (task.test, task.collator(small, net=net)),
+    ):
+        with pytest.raises(ConfigurationError, match=r"SequenceClassification\(classes=\["):
+            labels_of(blora, rows, collate)
+    with pytest.raises(ConfigurationError, match=r"SequenceClassification\(classes=\["):
+        fit(blora, ROWS, num_steps=1)
+    data = datasets.Dataset.from_list(NUMBERS)
+    with pytest.raises(DataError, match="must number the classes"):  # as its trainer may have read
+        labels_of(blora, relabeled(data, "201"))
+    fit(blora, relabeled(data, NAMES), num_steps=1, progress=False)  # as numbers, which have names
+    assert labels_of(blora, relabeled(data, NAMES[::-1])) == [2, 1, 0] * 4
+    blora.unwrap()
+    with pytest.raises(ConfigurationError, match="in the order in which"):
+        bayesianize(lora, data=ROWS, tokenizer=small, progress=False)
+    assert lora.active_adapters == ["default"]  # it is as it was
+    likelihood = SequenceClassification(classes=NAMES)
+    blora = bayesianize(lora, data=ROWS, tokenizer=small, likelihood=likelihood, progress=False)
+    assert labels_of(blora, ROWS[:3]) == [0, 1, 2]
+    blora.unwrap()
+    net = classifier(small, NAMES)  # its user has named them before the training
+    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
+    assert labels_of(blora, ROWS[:3]) == [0, 1, 2]
+    blora.unwrap()
+    blora = adapter(small, num_labels=3, modules_to_save=[])
+    with pytest.raises(ConfigurationError, match="in the order in which"):
+        fit(blora, ROWS, num_steps=1)
+
+
 @pytest.mark.parametrize(
-    ("names", "table", "refused"),
+    ("names", "trained", "read", "expected"),
     [
-        (("POS", "Neg"), POS_NEG, None),
-        (("pos", "neg", "odd"), POS_NEG, None),
-        (NEG_POS, ("0", "1"), None),
-        (("neg", "POS"), POS_NEG, "must number the classes as"),
-        (("odd", "pos", "neg"), POS_NEG, "must number the classes as"),
-        (("US", "us"), ("us", "US"), r"classes as \['US', 'us'\]"),
+        ("123", None, [1, 2, 3], [0, 1, 2]),
+        (None, ["1", "2", "3+"], [2, 1], [1, 0]),
+        (None, [*map(str, range(11))], [10, 2], [10, 2]),
+        (None, None, ["0", "1", "2"], [0, 1, 2]),
+        (None, [0, 1, 2], ["2", "1"], [2, 1]),
+        ([f"LABEL_{k}" for k in range(12)], None, ["LABEL_10", "LABEL_2"], [10, 2]),
+        (None, ["0.0", "1.0", "2.0"], [1], None),
+        (None, [0, 1, 2], [3], None),
+        (NAMES, [0, 1, 2], ["3"], None),
     ],
 )
-def test_a_loader_may_have_the_first_classes_alone_or_spell_them_otherwise(
-    names, table, refused, small, forms, collators
-):
-    encoded = relabeled(forms["encoded"], table).remove_columns("text")
-    loader, blora = DataLoader(encoded, 4, collate_fn=collators["padding"]), adapter(small, names)
-    if refused is None:
-        assert labels_of(blora, loader) == TURNED
-        fit(blora, loader, num_steps=1, progress=False)
-        assert labels_of(blora, loader) == TURNED
+def test_numbers_that_are_names_are_names_in_every_split(names, trained, read, expected, small):
+    train = trained and [{"text": "a", "label": label} for label in trained]
+    blora = adapter(small, names, train, num_labels=len(trained or read))
+    rows = [{"text": "a", "label": label} for label in read]
+    if expected is None:
+        with pytest.raises(DataError, match=r"one of the classes|must number the 3 logits"):
+            labels_of(blora, rows)
     else:
-        with pytest.raises(DataError, match=refused):
-            labels_of(blora, loader)
+        assert labels_of(blora, rows) == expected
 
 
-def test_a_loader_of_fewer_names_than_outputs_is_refused_before_a_step(small, forms, collators):
-    encoded = DataLoader(forms["encoded"].remove_columns("text"), collate_fn=collators["padding"])
-    named = DataLoader(forms["rows"], collate_fn=ClassificationCollator(small, NEG_POS))
-    for loader in (encoded, named):
-        with pytest.raises(ConfigurationError, match="must have a logit for each of the classes"):
-            fit(adapter(small, num_labels=3), loader, num_steps=1, progress=False)
-
-
-def test_names_that_are_numbers_are_read_alike_after_any_training(small):
-    """The network says that its logits are called 1 and 2."""
-    rows = [{**row, "label": str(1 + k % 2)} for k, row in enumerate(ROWS)]
-    data = datasets.Dataset.from_list(rows).class_encode_column("label")
-    encoded = data.map(lambda row: dict(small(row["text"]))).remove_columns("text")
-    for part in (encoded, encoded.cast_column("label", datasets.Value("int64"))):
-        loader = DataLoader(part, 4, collate_fn=DataCollatorWithPadding(small))
-        blora = adapter(small, ("1", "2"), loader)
-        for read in (loader, rows, data):
-            assert labels_of(blora, read) == IN_ORDER
-
-
-def test_a_collator_gives_numbers_no_other_places(small):
-    rows = [{**row, "label": 1 + k % 3} for k, row in enumerate(ROWS)]
-    trained = adapter(small, None, rows, num_labels=4)
-    named = [ClassificationCollator(small, [*map(str, range(k, 4))]) for k in (0, 1)]
-    assert labels_of(trained, rows, named[0]) == [row["label"] for row in rows]
-    for blora in (trained, adapter(small, ("0", "1", "2", "3"))):
-        with pytest.raises(DataError, match="must number the classes as"):
-            labels_of(blora, rows, named[1])
-    blora, few = adapter(small, None, rows), [row for row in rows if row["label"] < 3]
-    items = [Item(row["text"], row["text"], ("1", "2", "3"), row["label"] - 1) for row in few]
-    assert labels_of(blora, items) == [item.label for item in items]
-    with pytest.raises(DataError, match="must number the classes as"):
-        labels_of(blora, DataLoader(items, 4, collate_fn=ClassificationCollator(small)))
-
-
-def test_a_data_set_is_read_whatever_the_case_of_its_classes(small, forms):
-    blora = adapter(small, None, forms["rows"], num_labels=2)
-    assert labels_of(blora, relabeled(forms["numbers"], ("POS", "NEG"))) == IN_ORDER
-    assert labels_of(blora, forms["numbers"]) == TURNED
+def test_a_class_whose_name_is_a_number_is_that_number_wherever_it_stands(small, collators):
+    """``class_encode_column`` sorts them as texts, with 10 before 2."""
+    numbers = [{"text": f"a film {k}", "label": k % 12} for k in range(24)]
+    coded = datasets.Dataset.from_list(numbers).class_encode_column("label")
+    coded_names = coded.features["label"].names
+    assert coded_names[2] == "10"
+    ids = coded.map(lambda row: dict(small(row["text"]))).remove_columns("text")
+    for names, train in ((None, numbers), (None, coded), ([*map(str, range(12))], None)):
+        blora = adapter(small, names, train, num_labels=12)
+        for data in (numbers, coded, ids, ids.rename_column("label", "labels")):
+            assert labels_of(blora, data) == [k % 12 for k in range(24)]
+        with pytest.raises(DataError, match=r"classes as \['0', '1', '2', "):
+            labels_of(blora, DataLoader(ids, 4, collate_fn=collators["padding"]))
+    named = DataLoader(coded, 4, collate_fn=ClassificationCollator(small, coded_names))
+    with pytest.raises(DataError, match=r"classes as \['0', '1', '2', "):  # it reads 2 as "2"
+        fit(adapter(small, coded_names), named, num_steps=1, progress=False)
 
 
 @pytest.fixture
@@ -211,90 +204,6 @@ def lora(small, tmp_path):
     model = peft.get_peft_model(net, config)
     model.save_pretrained(tmp_path)
     return model
-
-
-def test_a_lora_of_a_task_is_not_read_in_the_alphabet_s_order(lora, small, tmp_path):
-    task, net = load_task(ROWS * 3), classifier(small)
-    collate = task.collator(small, net=net)
-    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
-    for given in (collate, None):
-        with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
-            labels_of(blora, task.test, given)
-    coded = relabeled(datasets.Dataset.from_list(NUMBERS), "201")
-    with pytest.raises(DataError, match="must number the classes"):  # as its trainer may have read
-        labels_of(blora, coded)
-    coded = coded.cast_column("label", datasets.Value("int64"))
-    assert labels_of(blora, coded) == [0, 1, 2] * 4
-
-
-@pytest.mark.parametrize("batched", [False, True])
-def test_a_head_without_names_is_not_read_by_two_numberings(batched, lora, small, tmp_path):
-    rows = [{**small(row["text"]), "label": k % 3} for k, row in enumerate(ROWS)]
-    first, other = (
-        datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=[*names]))
-        for names in (NAMES, NAMES[::-1])
-    )
-    net, collate = classifier(small), DataCollatorWithPadding(small)
-    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
-    tiny.train(blora, DataLoader(first, 4, collate_fn=collate) if batched else first, collate=None)
-    blora.save_pretrained(tmp_path)
-    options = {"tokenizer": small}
-    for likelihood in ({}, {"likelihood": SequenceClassification()}, None):
-        blora.predict_dataset(first, progress=False)
-        with pytest.raises(DataError, match="must number the classes"):
-            blora.predict_dataset(other, progress=False)
-        blora.unwrap()
-        if likelihood is not None:
-            blora = BayesianLoRA.from_pretrained(net, tmp_path, **options, **likelihood)
-
-
-@pytest.mark.parametrize("batched", [False, True])
-def test_numbers_of_named_logits_mean_the_same_on_a_base_without_names(batched, small, tmp_path):
-    rows = [{**row, "label": NAMES.index(row["label"])} for row in ROWS]
-    train = [{**small(row["text"]), "label": row["label"]} for row in rows]
-    loader = DataLoader(train, 4, collate_fn=DataCollatorWithPadding(small))
-    trained = adapter(small, NAMES, loader if batched else rows)
-    trained.save_pretrained(tmp_path / "own")
-    trained.export_peft(tmp_path / "peft")
-    net, data = trained.unwrap(), datasets.Dataset.from_list(rows)
-    net.config.id2label = classifier(small).config.id2label
-    for read, name in (("from_pretrained", "own"), ("from_peft", "peft")):
-        blora = getattr(BayesianLoRA, read)(net, tmp_path / name, tokenizer=small)
-        assert labels_of(blora, relabeled(data, NAMES)) == [0, 1, 2] * 4
-        with pytest.raises(DataError, match="must number the classes as"):
-            labels_of(blora, relabeled(data, NAMES[::-1]))
-        blora.unwrap()
-
-
-@pytest.mark.filterwarnings("ignore:The LoRA's NLL")  # which knows nothing, because it is random
-def test_the_order_of_a_trained_head_is_never_guessed(lora, small, tmp_path):
-    blora = BayesianLoRA.from_peft(classifier(small), tmp_path, tokenizer=small)
-    with pytest.raises(ConfigurationError, match=r"SequenceClassification\(classes=\["):
-        labels_of(blora, ROWS)
-    with pytest.raises(ConfigurationError, match=r"SequenceClassification\(classes=\["):
-        fit(blora, ROWS, num_steps=1)
-    blora.unwrap()
-    with pytest.raises(ConfigurationError, match="in the order in which"):
-        bayesianize(lora, data=ROWS, tokenizer=small, progress=False)
-    assert lora.active_adapters == ["default"]  # it is as it was
-    assert hasattr(lora.get_base_model().classifier, "modules_to_save")
-    likelihood = SequenceClassification(classes=NAMES)
-    blora = bayesianize(lora, data=ROWS, tokenizer=small, likelihood=likelihood, progress=False)
-    assert labels_of(blora, ROWS[:3]) == [0, 1, 2]
-    blora.unwrap()
-    net = classifier(small, NAMES)  # its user has named them before the training
-    blora = BayesianLoRA.from_peft(net, tmp_path, tokenizer=small)
-    assert blora.likelihood.classes == NAMES
-    assert labels_of(blora, ROWS[:3]) == [0, 1, 2]
-
-
-def test_a_head_that_stays_as_it_is_has_no_order_but_its_own(small, forms):
-    blora = adapter(small, num_labels=2, modules_to_save=[])
-    for call in (blora.predict_dataset, blora.calibrate, lambda r, **_: fit(blora, r, num_steps=1)):
-        with pytest.raises(ConfigurationError, match="in the order in which"):
-            call(forms["rows"], progress=False)
-    blora = adapter(small, POS_NEG, modules_to_save=[])
-    assert labels_of(blora, forms["rows"]) == TURNED
 
 
 LEARNED = [{"text": ("film", "key", "lock")[k % 3], "label": NAMES[k % 3]} for k in range(24)]
@@ -365,73 +274,8 @@ def test_a_number_is_a_name_where_the_classes_are_numbers(small, tmp_path):
         assert blora.likelihood.classes == ("1", "2", "3")
         for rows in every:
             assert labels_of(blora, rows) == [0, 1, 2] * 4
-        with pytest.raises(DataError, match=r"\['1', '2', '3'\], got '0'"):
+        with pytest.raises(DataError, match=r"\['1', '2', '3'\], got 0"):
             labels_of(blora, [{"text": "a", "label": 0}])
-
-
-@pytest.mark.parametrize(
-    ("names", "trained", "read", "expected"),
-    [
-        ("123", None, [1, 2, 3], [0, 1, 2]),
-        (None, ["1", "2", "3+"], [2, 1], [1, 0]),
-        (None, [*map(str, range(11))], [10, 2], [10, 2]),
-        (None, None, ["0", "1", "2"], [0, 1, 2]),
-        ([f"LABEL_{k}" for k in range(12)], None, ["LABEL_10", "LABEL_2"], [10, 2]),
-        ("123", [0, 1, 2], [1, 2], [1, 2]),  # trained on numbers, whatever the network calls them
-    ],
-)
-def test_numbers_that_are_names_are_names_in_every_split(names, trained, read, expected, small):
-    train = trained and [{"text": "a", "label": label} for label in trained]
-    blora = adapter(small, names, train, num_labels=len(trained or read))
-    assert labels_of(blora, [{"text": "a", "label": label} for label in read]) == expected
-
-
-def test_a_class_whose_name_is_a_number_is_that_number_wherever_it_stands(small, collators):
-    """``class_encode_column`` sorts them as texts, with 10 before 2."""
-    numbers = [{"text": f"a film {k}", "label": k % 12} for k in range(24)]
-    coded = datasets.Dataset.from_list(numbers).class_encode_column("label")
-    coded_names = coded.features["label"].names
-    assert coded_names[2] == "10"
-    ids = coded.map(lambda row: dict(small(row["text"]))).remove_columns("text")
-    titles = [f"class {k}" for k in range(12)]
-    for names, train in ((None, numbers), (None, coded), (titles, numbers), (None, None)):
-        blora = adapter(small, names, train, num_labels=12)
-        for data in (numbers, coded, ids, ids.rename_column("label", "labels")):
-            assert labels_of(blora, data) == [k % 12 for k in range(24)]
-        with pytest.raises(DataError, match=r"classes as \['0', '1', '2', "):
-            labels_of(blora, DataLoader(ids, 4, collate_fn=collators["padding"]))
-        named = DataLoader(coded, 4, collate_fn=ClassificationCollator(small, coded_names))
-        with pytest.raises(DataError, match=r"classes as \['0', '1', '2', "):  # it reads 2 as "2"
-            fit(adapter(small, coded_names), named, num_steps=1, progress=False)
-    ratings = ids.select(range(1, 4)).cast_column("label", datasets.Value("string"))
-    ratings = ratings.class_encode_column("label")  # 1, 2, 3: the last is the name of no logit
-    blora = adapter(small, None, DataLoader(ratings, 4, collate_fn=collators["padding"]))
-    assert labels_of(blora, ratings) == [0, 1, 2]
-
-
-def test_a_number_is_not_the_place_of_a_class_that_is_a_number(small):
-    rows = [{"text": "a film", "label": f"{k % 3}.0"} for k in range(9)]
-    with pytest.raises(DataError, match="must be one of the classes"):
-        labels_of(adapter(small, None, rows), [{"text": "a film", "label": 1}])
-
-
-@pytest.mark.parametrize("names", [None, NAMES])
-def test_a_head_that_was_trained_on_numbers_has_no_names_afterwards(names, small, tmp_path):
-    blora = adapter(small, names, NUMBERS)
-    blora.save_pretrained(tmp_path)
-    net, likelihood = blora.unwrap(), SequenceClassification()
-    blora = BayesianLoRA.from_pretrained(net, tmp_path, tokenizer=small, likelihood=likelihood)
-    assert blora.likelihood.classes == ()
-    digits = [{**row, "label": str(row["label"])} for row in NUMBERS]
-    for rows in (NUMBERS, digits):
-        assert labels_of(blora, rows) == [0, 1, 2] * 4
-    others = [{"text": f"a film {k}", "label": str(k % 4)} for k in range(6)]
-    for data in (others, load_task({"test": others}).test):
-        with pytest.raises(DataError, match="must number the 3 logits from 0, got 3"):
-            labels_of(blora, data)
-    if names is None:
-        with pytest.raises(ConfigurationError, match="trained on numbers must have names"):
-            labels_of(blora, ROWS)
 
 
 def test_classes_in_another_order_than_a_pipeline_has_are_reported(small):
