@@ -69,13 +69,7 @@ def test_numbers_keep_the_names_that_they_had_in_training(tmp_path):
 
 
 def test_an_alphabet_is_no_order():
-    rows = Dataset.from_list(ROWS["order"])
-    words = rows.cast_column("label", ClassLabel(names=["high", "low", "medium", "top"]))
-    stars = rows.cast_column(
-        "label", ClassLabel(names=["1 star", "10 stars", "2 stars", "3 stars"])
-    )
+    names = ["high", "low", "medium", "top"]
+    rows = Dataset.from_list(ROWS["order"]).cast_column("label", ClassLabel(names=names))
     with pytest.warns(UserWarning, match="in alphabetical order"):
-        fit(adapter("order"), words, **FEW)
-    for data in (stars, DataLoader(stars, 4, collate_fn=ClassificationCollator(TOKENIZER))):
-        with pytest.raises(DataError, match="quantities in their order"):
-            fit(adapter("order"), data, **FEW)
+        fit(adapter("order"), rows, **FEW)
